@@ -1,0 +1,1 @@
+"""From a trained run to one ONNX graph and a Triton model repository. Needs the extra `train`."""

@@ -1,0 +1,1 @@
+"""Contract, encoders, gallery, retrieval. Never imports torch, train or export."""

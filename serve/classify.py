@@ -1,0 +1,90 @@
+"""Linear heads: a softmax layer over the vectors of one encoder, stored as plain arrays."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.errors import ContractError, EncoderMismatch
+from serve.files import atomic_path
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Head:
+    """softmax(vectors @ weight.T + bias) over named classes. Raises: ValueError if the parts do not fit together."""
+
+    weight: NDArray[np.float32]
+    """(C, D)"""
+    bias: NDArray[np.float32]
+    """(C,)"""
+    classes: tuple[str, ...]
+    encoder_id: str
+    """Whose vectors it was fitted on; it means nothing on others."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """How it was fitted and scored."""
+
+    def __post_init__(self) -> None:
+        weight, bias, count = self.weight, self.bias, len(self.classes)
+        shapes = f"weight {weight.dtype}{weight.shape}, bias {bias.dtype}{bias.shape}, {count} classes"
+        if weight.ndim != 2 or len(weight) != count or bias.shape != (count,) or count == 0:
+            raise ValueError(f"{shapes}: wanted weight (C, D), bias (C,) and C classes")
+        if weight.dtype != np.float32 or bias.dtype != np.float32:
+            raise ValueError(f"{shapes}: wanted float32")
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise ValueError("weight or bias holds numbers that are not finite")
+        if len(set(self.classes)) != count:
+            raise ValueError("two classes have the same name")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read HEAD.npz; nothing in it is ever unpickled. Raises: ContractError."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(
+                    weight=arrays["weight"],
+                    bias=arrays["bias"],
+                    classes=tuple(map(str, arrays["classes"])),
+                    encoder_id=str(arrays["encoder_id"]),
+                    report=json.loads(str(arrays["report"])),
+                )
+        except OSError as error:
+            raise ContractError(
+                f"{path}: cannot be read ({error.strerror or error}); give a file of `simclr fit-head`"
+            ) from error
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            reason = str(error).strip("\"'")
+            raise ContractError(f"{path}: not a head ({reason}); give a file written by `simclr fit-head`") from error
+
+    def save(self, path: Path) -> None:
+        """Write HEAD.npz, whole or not at all."""
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                weight=self.weight,
+                bias=self.bias,
+                classes=np.array(self.classes, dtype=np.str_),
+                encoder_id=np.array(self.encoder_id, dtype=np.str_),
+                report=np.array(json.dumps(self.report), dtype=np.str_),
+            )
+
+    def probabilities(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, D) unit vectors -> (N, C), rows sum to 1."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"vectors are {vectors.shape}, the head wants (N, {self.weight.shape[1]})")
+        logits = vectors @ self.weight.T + self.bias
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))  # the largest exponent is 0: nothing overflows
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True), dtype=np.float32)
+
+    def require(self, encoder_id: str) -> None:
+        """Refuse another encoder's vectors. Raises: EncoderMismatch."""
+        if encoder_id != self.encoder_id:
+            raise EncoderMismatch(
+                f"the head was fitted on vectors of encoder {self.encoder_id}, the encoder here is {encoder_id}; "
+                "fit it again: simclr fit-head --encoder ENC --images SRC --out HEAD.npz"
+            )

@@ -1,0 +1,115 @@
+"""What an encoder promises: its input, its output, how pictures must be prepared, and who it is.
+
+Every artefact made with an encoder (gallery, head, Triton configuration) carries its `encoder_id`, so that vectors of two
+encoders are never compared. Standard library and pydantic only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt, ValidationError, model_validator
+
+from serve.errors import ContractError
+
+MANIFEST_NAME = "manifest.json"
+METADATA_KEY = "simclr_manifest"
+"""Where the same JSON stands inside the ONNX file and inside Triton's config.pbtxt."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Preprocess(_Strict):
+    """How a picture becomes the encoder's uint8 input; the arguments of `serve.preprocess.prepare`."""
+
+    height_px: PositiveInt
+    width_px: PositiveInt
+    resize: Literal["center_crop", "stretch"]
+    """`center_crop` keeps the aspect; `stretch` (re-ID) squeezes the whole picture into the frame."""
+    crop: float
+    """Share of the limiting side that `center_crop` keeps: 0.875, or 1.0 for pictures of 32 px; 1.0 for `stretch`."""
+    resample: Literal["bicubic"]
+
+
+class TensorSpec(_Strict):
+    """A tensor of the graph; `shape` leaves out the batch dimension."""
+
+    name: str
+    shape: tuple[PositiveInt, ...]
+    dtype: Literal["uint8", "float32"]
+
+
+class Parity(_Strict):
+    """How far the published graph is from the network it was made of, on golden images."""
+
+    images: PositiveInt
+    batch_sizes: tuple[PositiveInt, ...]
+    max_abs_error: float
+    min_cosine: float
+
+
+class Manifest(_Strict):
+    """The card of one encoder: written beside its ONNX file and into the ONNX metadata. No field has a default."""
+
+    schema_version: Literal[1]
+    encoder_id: str
+    name: str
+    embedding_dim: PositiveInt
+    input: TensorSpec
+    output: TensorSpec
+    preprocess: Preprocess
+    metric: Literal["cosine"]
+    precision: Literal["fp32", "fp16", "int8"]
+    weights_sha256: str
+    parity: Parity | None
+    """None for a run that has not been exported."""
+    training: dict[str, JsonValue]
+    """Provenance: architecture, data, recipe, when."""
+
+    @classmethod
+    def create(cls, **fields: Any) -> Self:
+        """A manifest with its encoder_id worked out."""
+        return cls(schema_version=1, encoder_id=_encoder_id(fields), **fields)
+
+    @model_validator(mode="after")
+    def _id_fits(self) -> Self:
+        wanted = _encoder_id(dict(self))
+        if self.encoder_id != wanted:
+            raise ValueError(f"encoder_id is {self.encoder_id}, the contract and weights give {wanted}")
+        return self
+
+    @classmethod
+    def parse(cls, text: str | bytes, origin: str) -> Self:
+        """Read a manifest. Raises: ContractError naming `origin`."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "manifest"
+            raise ContractError(f"{origin}: not a valid manifest: {where}: {first['msg']}; export the run again") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read manifest.json. Raises: ContractError."""
+        try:
+            return cls.parse(path.read_bytes(), str(path))
+        except OSError as error:
+            raise ContractError(f"{path}: no manifest ({error.strerror}); was this written by `simclr export`?") from error
+
+
+def _encoder_id(fields: dict[str, Any]) -> str:
+    """Digest of what decides a vector: interface, preparation, precision, weights. Names and provenance do not count."""
+    decisive = ("embedding_dim", "input", "output", "preprocess", "metric", "precision", "weights_sha256")
+    plain = {key: value.model_dump() if isinstance(value, BaseModel) else value for key in decisive for value in [fields[key]]}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

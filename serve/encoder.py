@@ -1,0 +1,117 @@
+"""Encoders: pictures -> unit vectors, in-process (ONNX Runtime) or through Triton; one protocol for both."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from PIL import Image
+
+from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest, Preprocess
+from serve.errors import ContractError
+from serve.preprocess import load_image
+
+Picture: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
+
+
+class Encoder(Protocol):
+    """What every encoder offers, wherever it runs."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Interface, preparation and provenance."""
+
+    @property
+    def encoder_id(self) -> str:
+        """Who made the vectors; two different ids must never be mixed."""
+
+    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+        """Unit vectors (N, D) of pictures: paths, encoded bytes, PIL images or prepared uint8 (H, W, 3) arrays."""
+
+
+def prepare_batch(images: Sequence[Picture], preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Pictures -> uint8 (N, H, W, 3). Raises: ImageError naming the first unreadable one."""
+    shape = (preprocess.height_px, preprocess.width_px, 3)
+    pixels = [image if isinstance(image, np.ndarray) else load_image(image, preprocess) for image in images]
+    for array in pixels:
+        if array.shape != shape or array.dtype != np.uint8:
+            raise ValueError(f"a prepared image is {array.dtype}{array.shape}, wanted uint8{shape}; pass the picture itself instead")
+    return np.stack(pixels) if pixels else np.empty((0, *shape), np.uint8)
+
+
+def open_encoder(spec: str | Path) -> Encoder:
+    """Open a model repository in-process, or `grpc://host:port/NAME`, `http://host:port/NAME` through Triton.
+
+    Raises: ContractError if there is no encoder, EncoderUnavailable if the server does not answer.
+    """
+    text = str(spec)
+    if text.startswith(("grpc://", "http://")):
+        from serve.triton_client import TritonEncoder
+
+        return TritonEncoder(text)
+    return OnnxEncoder(find_graph(Path(text)))
+
+
+def find_graph(repository: Path) -> Path:
+    """The newest encoder graph of a repository that holds one encoder, or of REPOSITORY/NAME. Raises: ContractError."""
+    models = sorted(repository.glob("*_encoder")) or sorted(repository.parent.glob(f"{repository.name}_encoder"))
+    if len(models) != 1:
+        found = ", ".join(model.name for model in models) or "none"
+        raise ContractError(f"{repository}: wanted one folder NAME_encoder, found {found}; give a folder written by `simclr export`")
+    versions = [folder for folder in models[0].iterdir() if folder.name.isdecimal() and (folder / "model.onnx").is_file()]
+    if not versions:
+        raise ContractError(f"{models[0]}: holds no version folder with a model.onnx; export the run again")
+    return max(versions, key=lambda folder: int(folder.name)) / "model.onnx"
+
+
+class OnnxEncoder:
+    """Runs model.onnx in this process, on the GPU where ONNX Runtime can load CUDA, else on the CPU."""
+
+    def __init__(self, graph: Path, *, batch_size: int = 64) -> None:
+        try:
+            self._session = ort.InferenceSession(graph, providers=loadable_providers())
+        except Exception as error:  # onnxruntime raises a dozen unrelated types, none of them exported
+            raise ContractError(f"{graph}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export the run again") from error
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if METADATA_KEY not in metadata:
+            raise ContractError(f"{graph}: carries no manifest in its metadata; was it written by `simclr export`?")
+        self.manifest = Manifest.parse(metadata[METADATA_KEY], str(graph))
+        beside = Manifest.read(graph.with_name(MANIFEST_NAME))
+        if beside != self.manifest:
+            raise ContractError(f"{graph}: its manifest ({self.encoder_id}) is not the one beside it ({beside.encoder_id}); export again")
+        self._batch_size = batch_size
+
+    @property
+    def encoder_id(self) -> str:
+        """Who made the vectors."""
+        return self.manifest.encoder_id
+
+    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+        """Unit vectors float32 (N, D). Raises: ImageError."""
+        vectors = np.empty((len(images), self.manifest.embedding_dim), np.float32)
+        for start in range(0, len(images), self._batch_size):
+            batch = prepare_batch(images[start : start + self._batch_size], self.manifest.preprocess)
+            (vectors[start : start + len(batch)],) = self._session.run(
+                [self.manifest.output.name], {self.manifest.input.name: batch}
+            )
+        return vectors
+
+
+def loadable_providers() -> list[str]:
+    """CUDA only where its driver and ONNX Runtime's CUDA library load: asking in vain prints errors on every start."""
+    cuda = "CUDAExecutionProvider" in ort.get_available_providers() and _cuda_driver_loads()
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
+
+
+def _cuda_driver_loads() -> bool:
+    driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        return int(ctypes.CDLL(driver).cuInit(0)) == 0
+    except OSError:
+        return False

@@ -1,0 +1,51 @@
+"""Everything a user can get wrong or a machine can refuse, as one tree.
+
+SimclrError                 one line for a person: what, got, wanted, do
+├── SourceError             images, CSVs or archives that cannot be used
+├── ContractError           a manifest, run, head or repository that is missing, damaged or does not fit
+│   └── EncoderMismatch     vectors of two encoders would be mixed
+├── EncoderUnavailable      the model server does not answer
+├── TritonStartError        a Triton server cannot be started here
+├── GalleryError            a gallery, or a request to it, that cannot be used
+├── TrainingError           pretraining, evaluation or the fit of a head cannot go on
+└── ExportError             the exported graph is not what was trained; nothing is published
+
+`serve.preprocess.ImageError` (one picture that cannot be read) stands outside the tree: that file travels alone to
+Triton. The command line prints all of these, and OSError, as one line and exits with 1.
+"""
+
+
+class SimclrError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class SourceError(SimclrError):
+    """Images, CSVs or archives that cannot be used."""
+
+
+class ContractError(SimclrError):
+    """A manifest, run, head or repository that is missing, damaged or does not fit."""
+
+
+class EncoderMismatch(ContractError):
+    """Vectors of two encoders would be mixed."""
+
+
+class EncoderUnavailable(SimclrError):
+    """The model server does not answer in time."""
+
+
+class TritonStartError(SimclrError):
+    """A Triton server cannot be started on this machine."""
+
+
+class GalleryError(SimclrError):
+    """A gallery, or a request to it, that cannot be used."""
+
+
+class TrainingError(SimclrError):
+    """Pretraining, evaluation or the fit of a head cannot go on."""
+
+
+class ExportError(SimclrError):
+    """The exported graph is not what was trained."""

@@ -1,0 +1,82 @@
+"""Encoded images -> uint8 pixels of the encoder's size: the only decode and resize in the project.
+
+Export copies this file beside Triton's preprocess model, so it needs numpy and Pillow alone and takes its parameters as
+plain values. Scaling to [0, 1] and normalisation are not here: they are inside the graph.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from serve.contract import Preprocess
+
+MAX_PIXELS = 64_000_000
+"""Pictures above this are refused before they are decoded: a 100 KB PNG can ask for gigabytes."""
+
+
+class ImageError(ValueError):
+    """One picture that cannot be read; the message says why in one line."""
+
+
+def load_image(source: str | Path | bytes | Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Read one picture as the encoder wants it.
+
+    Returns: uint8 (height_px, width_px, 3), RGB. Raises: ImageError.
+    """
+    return prepare(source, **preprocess.model_dump())
+
+
+def prepare(
+    source: str | Path | bytes | Image.Image, *, height_px: int, width_px: int, resize: str, crop: float, resample: str
+) -> NDArray[np.uint8]:
+    """`load_image` with the contract as plain values, for the copy that runs inside Triton."""
+    image = decode(source)
+    box = crop_box(image.width, image.height, height_px / width_px, crop) if resize == "center_crop" else None
+    resized = image.resize((width_px, height_px), Image.Resampling[resample.upper()], box=box)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def crop_box(width: int, height: int, aspect_hw: float, crop: float) -> tuple[float, float, float, float]:
+    """The central box of the target's aspect that keeps `crop` of the limiting side (SimCLR's `center_crop`)."""
+    box_height = crop * min(height, width * aspect_hw)
+    box_width = box_height / aspect_hw
+    left, top = (width - box_width) / 2, (height - box_height) / 2
+    return left, top, left + box_width, top + box_height
+
+
+def decode(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """Decode, upright (EXIF), first frame, 8-bit RGB; transparency is laid on white. Raises: ImageError."""
+    name = "image" if isinstance(source, (bytes, Image.Image)) else str(source)
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(_file(source))
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{name}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are accepted; shrink it")
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
+        reason = "empty file" if source == b"" else str(error).replace(repr(name), "").strip() or type(error).__name__
+        raise ImageError(f"{name}: not a readable picture ({reason})") from error
+
+
+def _file(source: str | Path | bytes) -> io.BytesIO | str | Path:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # Pillow would clip 16 bits to white
+        values = np.asarray(image, dtype=np.float64)
+        values = values / 257 if values.max(initial=0) > 255 else values
+        return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,225 @@
+"""Starts a real tritonserver on this machine, on 127.0.0.1 only, and stops it again."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from serve.errors import SimclrError, TritonStartError
+from serve.triton_runtime import find_runtime, install_runtime, runtime_folder
+
+START_TIMEOUT_S = 300.0
+"""Large graphs and TensorRT engines take their time."""
+STOP_TIMEOUT_S = 15.0
+HOST = "127.0.0.1"
+_LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
+"""prctl(PR_SET_PDEATHSIG, SIGTERM), then become tritonserver: the server does not outlive us, not even our kill -9.
+A launcher, because subprocess's preexec_fn is unsafe in a program with threads."""
+
+
+class TritonServer:
+    """A tritonserver for the time of a `with` block; port 0 takes a free one.
+
+    Linux ties the server to the thread that starts it: when that thread ends, so does the server.
+    """
+
+    def __init__(self, repository: Path, *, http_port: int = 8000, grpc_port: int = 8001, metrics_port: int = 8002) -> None:
+        self.repository = repository
+        self.ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """Its gRPC address; add /NAME for an encoder."""
+        return f"grpc://{HOST}:{self.ports['grpc']}"
+
+    @property
+    def http_url(self) -> str:
+        """Its HTTP address."""
+        return f"http://{HOST}:{self.ports['http']}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Its Prometheus metrics."""
+        return f"http://{HOST}:{self.ports['metrics']}/metrics"
+
+    def start(self) -> None:
+        """Start, and return when every model is ready. Raises: TritonStartError."""
+        _require_models(self.repository)
+        self.ports = {kind: port or free_port() for kind, port in self.ports.items()}
+        for kind, port in self.ports.items():
+            _require_free(kind, port)
+        self._folder = Path(tempfile.mkdtemp(prefix="simclr-triton-"))
+        try:
+            command, environment = self._plan(self._folder)
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            self._wait_until_ready(self._process)
+        except BaseException:  # a Ctrl-C too must not leave a server behind
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ask it to finish what it is doing and end; after 15 s end it. May be called twice."""
+        process, self._process = self._process, None
+        try:
+            if process is not None:
+                process.terminate()
+                process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if process is not None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its Python stubs too, should it have left some
+                process.wait()
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Block while the server runs. Raises: TritonStartError if it ends by itself."""
+        assert self._process is not None, "start() comes first"
+        code = self._process.wait()
+        raise TritonStartError(f"the Triton server ended by itself (exit status {code}): {_tail(self._read_log())}")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running server."""
+        return self._process.pid if self._process else None
+
+    @property
+    def _log(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "triton.log"
+
+    def _read_log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def _plan(self, folder: Path) -> tuple[list[str], dict[str, str]]:
+        """Command and environment: a tritonserver on PATH with its own backends, else the pip runtime with ours."""
+        options = [
+            f"--model-repository={self.repository.resolve()}",
+            "--disable-auto-complete-config",
+            "--exit-timeout-secs=10",
+        ]
+        for kind, port in self.ports.items():
+            options += [f"--{kind}-address={HOST}", f"--{kind}-port={port}"]
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER]
+        installed = shutil.which("tritonserver")
+        if installed is not None:
+            return [*launcher, installed, *options], dict(os.environ)
+        runtime = find_runtime(runtime_folder())
+        backends = runtime.assemble_backends(folder / "backends")
+        launcher[0] = str(runtime.folder / "bin" / "python")
+        return [*launcher, str(runtime.server), f"--backend-directory={backends}", *options], runtime.environment()
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _answers(f"{self.http_url}/v2/health/ready"):
+            if process.poll() is not None:
+                raise TritonStartError(_why(self._read_log(), self.repository))
+            if time.monotonic() > deadline:
+                raise TritonStartError(f"the Triton server is not ready after {START_TIMEOUT_S:g} s: {_tail(self._read_log())}")
+            time.sleep(0.1)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(server: TritonServer) -> None:
+    """`simclr triton`: run until Ctrl-C or SIGTERM. Raises: TritonStartError."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), server:
+        print(f"Triton serves {server.repository} on {server.url} and {server.http_url}; Ctrl-C stops it")
+        server.wait()
+
+
+def _require_models(repository: Path) -> None:
+    if not any(repository.glob("*/config.pbtxt")):
+        raise TritonStartError(
+            f"{repository}: no Triton models (folders with a config.pbtxt) there; write some with `simclr export`"
+        )
+
+
+def _require_free(kind: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was closed a moment ago is free
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise TritonStartError(
+                f"port {port} cannot be used ({error.strerror}); choose another with --{kind}-port"
+            ) from error
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:  # noqa: S310  # our own http:// address
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _why(log: str, repository: Path) -> str:
+    """The server's reason in one line, out of its log."""
+    if "KIND_GPU but" in log:
+        return f"{repository}: its models want a GPU and this machine has none that works; export again with --target cpu"
+    failed = re.search(r"failed to load '([^']+)' version \d+: (.+)", log) or re.search(
+        r"for model directory '([^']+)': (.+)", log
+    )
+    if failed:
+        reason = failed[2].split("\\n")[0].strip('" ')
+        return f"{repository}: model {failed[1]} does not load ({reason}); export the run again"
+    return f"the Triton server did not start: {_tail(log)}"
+
+
+def _tail(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip() and line[0] not in "|+"]
+    return " / ".join(lines[-3:]) or "it wrote nothing"
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m serve.triton_server", description="Install the pip runtime of Triton.")
+    parser.add_argument("--install", nargs="?", type=Path, default=runtime_folder(), const=runtime_folder(), metavar="FOLDER")
+    folder = parser.parse_args().install
+    try:
+        find_runtime(folder)
+    except TritonStartError:
+        print(f"installing Triton into {folder}")
+        install_runtime(folder)
+    print(f"{folder}: a Triton runtime is there")
+
+
+if __name__ == "__main__":
+    try:
+        _main()
+    except SimclrError as failure:
+        sys.exit(str(failure))

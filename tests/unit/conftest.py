@@ -1,0 +1,69 @@
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from serve.contract import Manifest, Preprocess, TensorSpec
+from serve.encoder import Picture, prepare_batch
+from serve.sources import Sample
+
+TOY_DIM = 16
+
+
+class ToyEncoder:
+    """Mean colours of a 4 x 4 grid, projected and normalised: deterministic, and similar pictures are near each other."""
+
+    def __init__(self, name: str = "toy", seed: int = 0) -> None:
+        self.manifest = Manifest.create(
+            name=name,
+            embedding_dim=TOY_DIM,
+            input=TensorSpec(name="image", shape=(8, 8, 3), dtype="uint8"),
+            output=TensorSpec(name="embedding", shape=(TOY_DIM,), dtype="float32"),
+            preprocess=Preprocess(height_px=8, width_px=8, resize="stretch", crop=1.0, resample="bicubic"),
+            metric="cosine",
+            precision="fp32",
+            weights_sha256=f"{seed:064x}",
+            parity=None,
+            training={},
+        )
+        self._projection = np.random.default_rng(seed).standard_normal((48, TOY_DIM)).astype(np.float32)
+
+    @property
+    def encoder_id(self) -> str:
+        return self.manifest.encoder_id
+
+    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+        pixels = prepare_batch(images, self.manifest.preprocess).astype(np.float32)
+        grid = pixels.reshape(len(pixels), 4, 2, 4, 2, 3).mean(axis=(2, 4)).reshape(len(pixels), 48)
+        vectors = (grid - 127.3) @ self._projection  # the odd offset: no picture becomes the zero vector
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def toy_encoder() -> ToyEncoder:
+    return ToyEncoder()
+
+
+@pytest.fixture
+def other_encoder() -> ToyEncoder:
+    return ToyEncoder("other", seed=1)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Callable[[int], list[Sample]]:
+    """Draws n different pictures and returns their samples."""
+
+    def draw(count: int) -> list[Sample]:
+        rng = np.random.default_rng(count)
+        samples = []
+        for i in range(count):
+            path = tmp_path / "pictures" / f"{i:03}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (9, 7, 3), np.uint8)).save(path)
+            samples.append(Sample(str(path), label=f"class {i % 3}", identity=str(i % 4), camera=str(i % 2), time=float(i)))
+        return samples
+
+    return draw

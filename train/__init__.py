@@ -1,0 +1,1 @@
+"""SimCLR pretraining and its evaluation. Needs the extra `train` (torch, torchvision)."""

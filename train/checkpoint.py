@@ -1,0 +1,101 @@
+"""What a run leaves on disk: a checkpoint to go on from, and the encoder to export. Files appear whole or not at all.
+
+RUN/config.json, checkpoint.pt, encoder.safetensors + encoder.json, metrics.jsonl, tensorboard/
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from serve.contract import Manifest, Preprocess, TensorSpec, file_sha256
+from serve.errors import ContractError, TrainingError
+from serve.files import atomic_path
+from train.encoder import Encoder
+
+CHECKPOINT, WEIGHTS, CARD, CONFIG, METRICS = (
+    "checkpoint.pt",
+    "encoder.safetensors",
+    "encoder.json",
+    "config.json",
+    "metrics.jsonl",
+)
+
+
+def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
+    """Write RUN/checkpoint.pt. Raises: OSError, and then the former checkpoint is still there."""
+    with atomic_path(run / CHECKPOINT) as path:
+        try:
+            torch.save(state, path)
+        except RuntimeError as error:  # torch's own file writer reports a full disk this way
+            raise OSError(f"{run / CHECKPOINT}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
+
+
+def load_checkpoint(run: Path) -> dict[str, Any]:
+    """Read RUN/checkpoint.pt without unpickling code. Raises: TrainingError."""
+    path = run / CHECKPOINT
+    if not path.exists():
+        raise TrainingError(f"{run}: no checkpoint to resume; start it without --resume")
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise TrainingError(
+            f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0]}); start a new --run"
+        ) from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise TrainingError(f"{path}: not a checkpoint of simclr pretrain; start a new --run")
+    return state
+
+
+def write_config(run: Path, config: dict[str, JsonValue]) -> None:
+    """Write RUN/config.json."""
+    with atomic_path(run / CONFIG) as path:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_encoder(run: Path, encoder: Encoder, preprocess: Preprocess, training: dict[str, JsonValue]) -> Manifest:
+    """Write RUN/encoder.safetensors and its card RUN/encoder.json."""
+    with atomic_path(run / WEIGHTS) as path:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+        try:
+            save_file(state, path)
+        except SafetensorError as error:
+            raise OSError(f"{run / WEIGHTS}: cannot be written ({error}); is the disk full?") from error
+    manifest = Manifest.create(
+        name=run.name,
+        embedding_dim=encoder.feature_dim,
+        input=TensorSpec(name="image", shape=(preprocess.height_px, preprocess.width_px, 3), dtype="uint8"),
+        output=TensorSpec(name="embedding", shape=(encoder.feature_dim,), dtype="float32"),
+        preprocess=preprocess,
+        metric="cosine",
+        precision="fp32",
+        weights_sha256=file_sha256(run / WEIGHTS),
+        parity=None,
+        training=training,
+    )
+    with atomic_path(run / CARD) as path:
+        path.write_text(manifest.model_dump_json(indent=2) + "\n")
+    return manifest
+
+
+def load_encoder(run: Path) -> tuple[Encoder, Manifest]:
+    """The encoder of a run, in evaluation mode, and its card. Raises: ContractError."""
+    if not (run / CARD).exists():
+        raise ContractError(f"{run}: holds no {CARD}; wanted the --run folder of a finished `simclr pretrain`")
+    manifest = Manifest.read(run / CARD)
+    try:
+        if file_sha256(run / WEIGHTS) != manifest.weights_sha256:
+            raise ContractError(f"{run}: {WEIGHTS} is not the file that {CARD} describes; resume the run to write both again")
+        training: dict[str, Any] = manifest.training
+        encoder = Encoder(training["arch"], training["width"], training["stem"])
+        encoder.load_state_dict(load_file(run / WEIGHTS))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise ContractError(f"{run}: {WEIGHTS} does not fit {CARD} ({str(error).splitlines()[0]})") from error
+    return encoder.eval(), manifest

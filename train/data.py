@@ -1,0 +1,132 @@
+"""Samples -> pixels in memory, and the order in which training takes them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from serve.contract import Preprocess
+from serve.errors import SourceError
+from serve.preprocess import ImageError, decode
+from serve.sources import Sample, Unreadable, read_batches, read_bytes
+
+MEMORY_SHARE = 0.5
+"""Pixels may take this share of the machine's memory."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Decoded pictures: uint8 (N, 3, H, W), the sample of each row, and what could not be read."""
+
+    images: Tensor
+    samples: tuple[Sample, ...]
+    unreadable: tuple[Unreadable, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def load_pixels(samples: Sequence[Sample], preprocess: Preprocess, *, progress: str | None = None) -> Pixels:
+    """Decode every picture into memory. Raises: SourceError if they do not fit or none can be read.
+
+    `progress` names the bar; None shows none.
+    """
+    _check_memory(len(samples), preprocess)
+    images = torch.empty((len(samples), 3, preprocess.height_px, preprocess.width_px), dtype=torch.uint8)
+    kept: list[Sample] = []
+    unreadable: list[Unreadable] = []
+    with tqdm(total=len(samples), desc=progress, unit="img", disable=progress is None) as bar:
+        for good, pixels, bad in read_batches(samples, preprocess):
+            images[len(kept) : len(kept) + len(good)] = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            kept += good
+            unreadable += bad
+            bar.update(len(good) + len(bad))
+    if not kept:
+        first = f"; the first: {unreadable[0].reason}" if unreadable else ""
+        raise SourceError(f"none of {len(samples)} pictures can be read{first}")
+    return Pixels(images[: len(kept)], tuple(kept), tuple(unreadable))
+
+
+def preprocess_for(samples: Sequence[Sample], image_size: str | None) -> Preprocess:
+    """The encoder's input size: `image_size` as 'PX' or 'HxW', or chosen from the pictures.
+
+    Square frames keep the central 0.875 of the picture, or all of it at 32 px; other frames stretch it (re-ID).
+    """
+    height, width = _parse_size(image_size) if image_size else _fitting_size(samples)
+    square = height == width
+    return Preprocess(
+        height_px=height,
+        width_px=width,
+        resize="center_crop" if square else "stretch",
+        crop=0.875 if square and height > 32 else 1.0,
+        resample="bicubic",
+    )
+
+
+def training_frame(preprocess: Preprocess) -> Preprocess:
+    """The same frame without the central crop, larger by what the crop would take: views are cut from the whole picture."""
+    height, width = (round(size / preprocess.crop) for size in (preprocess.height_px, preprocess.width_px))
+    return preprocess.model_copy(update={"height_px": height, "width_px": width, "crop": 1.0})
+
+
+def epoch_order(count: int, epoch: int, seed: int) -> Tensor:
+    """The permutation of one epoch; a function of its arguments, so that resuming needs no saved state."""
+    return torch.randperm(count, generator=step_generator(seed, epoch, stream=0))
+
+
+def step_generator(seed: int, number: int, *, stream: int = 1, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on (seed, stream, number) alone."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{number}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def sources_sha256(samples: Sequence[Sample]) -> str:
+    """Digest of the list of pictures, so that a run is not resumed on other data."""
+    return hashlib.sha256("\n".join(sample.source for sample in samples).encode()).hexdigest()
+
+
+def _check_memory(count: int, preprocess: Preprocess) -> None:
+    needed = count * 3 * preprocess.height_px * preprocess.width_px
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed * 4
+    if needed > MEMORY_SHARE * total:
+        frame = f"{preprocess.height_px}x{preprocess.width_px}"
+        raise SourceError(
+            f"{count} pictures of {frame} px take {needed / 2**30:.1f} GiB, at most {MEMORY_SHARE * total / 2**30:.1f} GiB "
+            "may be used; choose a smaller --image-size or fewer pictures"
+        )
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    try:
+        size = int(height), int(width or height)
+    except ValueError:
+        size = (0, 0)
+    if not all(16 <= px <= 1024 for px in size):
+        raise SourceError(f"--image-size is {text!r}, wanted PX or HxW with 16 to 1024 px, such as 64 or 256x128")
+    return size
+
+
+def _fitting_size(samples: Sequence[Sample]) -> tuple[int, int]:
+    """32, 64 or 224 px by the median short side of up to 50 pictures; 256x128 for tall boxes with identities."""
+    sizes = []
+    for sample in samples[:: max(1, len(samples) // 50)]:
+        try:
+            sizes.append(decode(read_bytes(sample.source)).size)
+        except (ImageError, SourceError):
+            continue
+    if not sizes:
+        raise SourceError(f"none of the first pictures can be read, such as {samples[0].source}; are these images?")
+    width, height = (statistics.median(side) for side in zip(*sizes, strict=True))
+    if samples[0].identity is not None and height > 1.5 * width:
+        return (256, 128)
+    short = min(width, height)
+    size = 32 if short <= 40 else 64 if short <= 100 else 224
+    return (size, size)

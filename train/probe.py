@@ -1,0 +1,221 @@
+"""What an encoder has learned: weighted kNN and a linear head on frozen features.
+
+Shapes: N bank pictures, Q queries, D dimensions, C classes. Vectors are unit vectors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serve.bulk import embed_samples
+from serve.classify import Head
+from serve.contract import Preprocess
+from serve.encoder import Encoder as ServedEncoder
+from serve.errors import TrainingError
+from serve.sources import ImageSet, Sample, open_source
+from train.data import load_pixels
+from train.encoder import Encoder, UnitEncoder
+
+KNN_NEIGHBOURS, KNN_TEMPERATURE = 200, 0.1
+ONLINE_BANK, ONLINE_QUERIES = 5000, 1000
+WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3)
+HOW_TO_LABEL = "put each class in a sub-folder, or name it in a CSV's label column"
+HELD_BACK = 5
+"""Without a test split, every fifth picture is held back to score on."""
+
+
+def knn_predict(bank_ND: Tensor, labels_N: Tensor, queries_QD: Tensor, *, k: int, temperature: float, classes: int) -> Tensor:
+    """Class of each query (Q,): votes of its k nearest, weighted by exp(cosine / temperature) (Wu et al. 2018, 3.4)."""
+    predicted = []
+    for chunk in queries_QD.split(1024):
+        similarity, nearest = (chunk @ bank_ND.T).topk(min(k, len(bank_ND)), dim=1)
+        votes = torch.zeros(len(chunk), classes, device=chunk.device)
+        votes.scatter_add_(1, labels_N[nearest], (similarity / temperature).exp())
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)
+
+
+def knn_accuracy(
+    bank: NDArray[np.float32], bank_groups: Sequence[str], queries: NDArray[np.float32], groups: Sequence[str]
+) -> float:
+    """Share of queries whose class wins the vote of their 200 nearest, temperature 0.1."""
+    classes = sorted(set(bank_groups))
+    number = {name: index for index, name in enumerate(classes)}
+    labels = torch.tensor([number[name] for name in bank_groups])
+    wanted = torch.tensor([number.get(name, -1) for name in groups])
+    predicted = knn_predict(
+        torch.from_numpy(bank),
+        labels,
+        torch.from_numpy(queries),
+        k=KNN_NEIGHBOURS,
+        temperature=KNN_TEMPERATURE,
+        classes=len(classes),
+    )
+    return (predicted == wanted).float().mean().item()
+
+
+def fit_head(vectors: NDArray[np.float32], groups: Sequence[str], encoder_id: str) -> Head:
+    """Logistic regression on unit vectors, weight decay chosen on every fifth picture, then refitted on all.
+
+    Raises: TrainingError with fewer than two classes.
+    """
+    classes = sorted(set(groups))
+    if len(classes) < 2:
+        raise TrainingError(
+            f"a head needs at least two classes, got {classes}; put each class in a sub-folder or a CSV's label column"
+        )
+    number = {name: index for index, name in enumerate(classes)}
+    x, y = torch.from_numpy(vectors), torch.tensor([number[name] for name in groups])
+    held = torch.arange(len(x)) % HELD_BACK == HELD_BACK - 1
+    scores = {}
+    for decay in WEIGHT_DECAYS:
+        weight, bias = logistic_regression(x[~held], y[~held], len(classes), decay)
+        scores[decay] = ((x[held] @ weight.T + bias).argmax(1) == y[held]).float().mean().item()
+    best = max(scores, key=lambda decay: scores[decay])
+    weight, bias = logistic_regression(x, y, len(classes), best)
+    report = {"fit": "L-BFGS logistic regression", "weight_decay": best, "pictures": len(x), "held_back_accuracy": scores[best]}
+    return Head(weight=weight.numpy(), bias=bias.numpy(), classes=tuple(classes), encoder_id=encoder_id, report=report)
+
+
+def logistic_regression(x_ND: Tensor, y_N: Tensor, classes: int, weight_decay: float) -> tuple[Tensor, Tensor]:
+    """Weights (C, D) and biases (C,) that minimise mean cross entropy + weight_decay / 2 * |W|^2 * D, by L-BFGS.
+
+    Unit vectors have entries of about 1 / sqrt(D), so they are scaled by sqrt(D) for the fit and W is scaled back.
+    """
+    scale = x_ND.shape[1] ** 0.5
+    weight = torch.zeros(classes, x_ND.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+    scaled = x_ND * scale
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(scaled @ weight.T + bias, y_N) + weight_decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (weight * scale).detach(), bias.detach()
+
+
+def evaluate(encoder: ServedEncoder, source: str, test: str | None, protocol: Literal["knn", "linear"]) -> dict[str, Any]:
+    """Score any encoder on labelled pictures. Raises: TrainingError without labels."""
+    images = open_source(source)
+    if test is not None:
+        scored = open_source(test)
+        images = ImageSet(train=images.train, test=scored.test or scored.train)
+    bank, queries = split_for_scoring(images)
+    if not bank or not queries:
+        raise TrainingError(f"{source}: no labels to score on; {HOW_TO_LABEL}")
+    bank_vectors, bank, bank_bad = embed_samples(encoder, bank, "bank")
+    query_vectors, queries, query_bad = embed_samples(encoder, queries, "queries")
+    if protocol == "knn":
+        accuracy = knn_accuracy(bank_vectors, groups_of(bank), query_vectors, groups_of(queries))
+    else:
+        accuracy = head_accuracy(fit_head(bank_vectors, groups_of(bank), encoder.encoder_id), query_vectors, groups_of(queries))
+    return {
+        "protocol": protocol,
+        "encoder_id": encoder.encoder_id,
+        "accuracy": accuracy,
+        "chance": Counter(groups_of(queries)).most_common(1)[0][1] / len(queries),
+        "classes": len(set(groups_of(bank))),
+        "bank": len(bank),
+        "queries": len(queries),
+        "unreadable": len(bank_bad) + len(query_bad),
+    }
+
+
+def fit_head_on(encoder: ServedEncoder, source: str) -> Head:
+    """A head from all labelled pictures of a source. Raises: TrainingError."""
+    labelled = [sample for sample in open_source(source).train if sample.group is not None]
+    if not labelled:
+        raise TrainingError(f"{source}: no labels to learn from; {HOW_TO_LABEL}")
+    vectors, samples, _ = embed_samples(encoder, labelled, "embedding")
+    return fit_head(vectors, groups_of(samples), encoder.encoder_id)
+
+
+def head_accuracy(head: Head, vectors: NDArray[np.float32], groups: Sequence[str]) -> float:
+    """Share of vectors whose likeliest class is their group."""
+    named = np.array(head.classes)[head.probabilities(vectors).argmax(1)]
+    return float((named == np.array(groups)).mean())
+
+
+def groups_of(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """The class or identity of labelled pictures."""
+    return tuple(str(sample.group) for sample in samples)
+
+
+def split_for_scoring(images: ImageSet) -> tuple[list[Sample], list[Sample]]:
+    """Labelled pictures to learn from and to score on: train and test, or four fifths and one fifth of train."""
+    bank = [sample for sample in images.train if sample.group is not None]
+    queries = [sample for sample in images.test if sample.group is not None]
+    if queries:
+        return bank, queries
+    return [sample for place, sample in enumerate(bank) if not _held_back(place)], bank[HELD_BACK - 1 :: HELD_BACK]
+
+
+def _held_back(place: int) -> bool:
+    return place % HELD_BACK == HELD_BACK - 1
+
+
+@dataclass(frozen=True)
+class OnlineKnn:
+    """kNN accuracy during training, on a sample of the labelled pictures prepared as serving prepares them."""
+
+    bank: Tensor
+    bank_groups: tuple[str, ...]
+    queries: Tensor
+    query_groups: tuple[str, ...]
+
+    @classmethod
+    def from_samples(cls, images: ImageSet, preprocess: Preprocess) -> OnlineKnn:
+        """Decode up to 5,000 + 1,000 labelled pictures; none where there are no labels."""
+        parts = [
+            _spread(part, most) for part, most in zip(split_for_scoring(images), (ONLINE_BANK, ONLINE_QUERIES), strict=True)
+        ]
+        if not all(parts):
+            empty = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+            return cls(empty, (), empty, ())
+        bank, queries = (load_pixels(part, preprocess) for part in parts)
+        return cls(
+            bank.images, tuple(str(s.group) for s in bank.samples), queries.images, tuple(str(s.group) for s in queries.samples)
+        )
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is anything to measure."""
+        return bool(self.bank_groups and self.query_groups)
+
+    def measure(self, encoder: Encoder, device: torch.device) -> dict[str, float]:
+        """{'knn_accuracy': share in [0, 1]}; the encoder is left in training mode."""
+        bank, queries = (embed_pixels(encoder, pixels, device) for pixels in (self.bank, self.queries))
+        encoder.train()
+        return {"knn_accuracy": knn_accuracy(bank, self.bank_groups, queries, self.query_groups)}
+
+
+@torch.inference_mode()
+def embed_pixels(encoder: Encoder, images_NCHW: Tensor, device: torch.device) -> NDArray[np.float32]:
+    """Unit vectors (N, D) of prepared uint8 pictures, in float32, batch norm in evaluation mode."""
+    model = UnitEncoder(encoder).eval()
+    vectors = [model(chunk.permute(0, 2, 3, 1).to(device)).cpu() for chunk in images_NCHW.split(256)]
+    return torch.cat(vectors).numpy()
+
+
+def colour_histogram(images_NHWC: NDArray[np.uint8], bins: int = 8) -> NDArray[np.float32]:
+    """The baseline without a network: square roots of the RGB histogram (N, bins ** 3); cosine is then Bhattacharyya's."""
+    cells = (images_NHWC.astype(np.int64) * bins // 256) @ np.array([bins * bins, bins, 1])
+    counts = np.stack([np.bincount(picture.ravel(), minlength=bins**3) for picture in cells])
+    return np.asarray(np.sqrt(counts / counts.sum(1, keepdims=True)), dtype=np.float32)
+
+
+def _spread(samples: list[Sample], most: int) -> list[Sample]:
+    return samples[:: -(-len(samples) // most)] if samples else []
