@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -144,6 +142,7 @@ class Triton:
     """Port of the Prometheus metrics."""
 
     def __call__(self) -> None:
+        from serve.signals import stopped_by_sigterm
         from serve.triton_server import TritonServer
 
         server = TritonServer(
@@ -330,6 +329,7 @@ class App:
         from app import build_app, serve_app
         from serve.classify import Head
         from serve.gallery import Gallery
+        from serve.signals import stopped_by_sigterm
 
         encoder = open_encoder(self.encoder)
         head = Head.load(self.head) if self.head else None
@@ -397,22 +397,12 @@ def open_encoder(spec: str) -> Encoder:
     from serve.encoder import open_encoder as open_served
 
     if (Path(spec) / "encoder.json").is_file():
-        from train.run_encoder import RunEncoder
+        from train.torch_encoder import open_run
 
-        return RunEncoder(Path(spec))
+        return open_run(Path(spec))
     if (Path(spec) / "config.json").is_file():
         raise ContractError(f"{spec}: this run has not written its encoder yet; finish it with simclr pretrain ... --resume")
     return open_served(spec)
-
-
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that everything is closed."""
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def _write_json(path: Path | None, report: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt, ValidationError, model_validator
 
@@ -72,9 +73,9 @@ class Manifest(_Strict):
     """Provenance: architecture, data, recipe, when."""
 
     @classmethod
-    def create(cls, **fields: Any) -> Self:
+    def create(cls, **fields: object) -> Self:
         """A manifest with its encoder_id worked out."""
-        return cls(schema_version=1, encoder_id=_encoder_id(fields), **fields)
+        return cls.model_validate({"schema_version": 1, "encoder_id": _encoder_id(fields), **fields})
 
     @model_validator(mode="after")
     def _id_fits(self) -> Self:
@@ -102,7 +103,7 @@ class Manifest(_Strict):
             raise ContractError(f"{path}: no manifest ({error.strerror}); was this written by `simclr export`?") from error
 
 
-def _encoder_id(fields: dict[str, Any]) -> str:
+def _encoder_id(fields: Mapping[str, object]) -> str:
     """Digest of what decides a vector: interface, preparation, precision, weights. Names and provenance do not count."""
     decisive = ("embedding_dim", "input", "output", "preprocess", "metric", "precision", "weights_sha256")
     plain = {key: value.model_dump() if isinstance(value, BaseModel) else value for key in decisive for value in [fields[key]]}

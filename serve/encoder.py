@@ -41,7 +41,7 @@ def prepare_batch(images: Sequence[Picture], preprocess: Preprocess) -> NDArray[
     pixels = [image if isinstance(image, np.ndarray) else load_image(image, preprocess) for image in images]
     for array in pixels:
         if array.shape != shape or array.dtype != np.uint8:
-            raise ValueError(f"a prepared image is {array.dtype}{array.shape}, wanted uint8{shape}; pass the picture itself instead")
+            raise ValueError(f"a prepared image is {array.dtype}{array.shape}, wanted uint8{shape}; pass the picture itself")
     return np.stack(pixels) if pixels else np.empty((0, *shape), np.uint8)
 
 
@@ -63,7 +63,7 @@ def find_graph(repository: Path) -> Path:
     models = sorted(repository.glob("*_encoder")) or sorted(repository.parent.glob(f"{repository.name}_encoder"))
     if len(models) != 1:
         found = ", ".join(model.name for model in models) or "none"
-        raise ContractError(f"{repository}: wanted one folder NAME_encoder, found {found}; give a folder written by `simclr export`")
+        raise ContractError(f"{repository}: wanted one folder NAME_encoder, found {found}; give what `simclr export` wrote")
     versions = [folder for folder in models[0].iterdir() if folder.name.isdecimal() and (folder / "model.onnx").is_file()]
     if not versions:
         raise ContractError(f"{models[0]}: holds no version folder with a model.onnx; export the run again")
@@ -77,14 +77,15 @@ class OnnxEncoder:
         try:
             self._session = ort.InferenceSession(graph, providers=loadable_providers())
         except Exception as error:  # onnxruntime raises a dozen unrelated types, none of them exported
-            raise ContractError(f"{graph}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export the run again") from error
+            reason = str(error).splitlines()[0]
+            raise ContractError(f"{graph}: ONNX Runtime cannot load it ({reason}); export the run again") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in metadata:
             raise ContractError(f"{graph}: carries no manifest in its metadata; was it written by `simclr export`?")
         self.manifest = Manifest.parse(metadata[METADATA_KEY], str(graph))
         beside = Manifest.read(graph.with_name(MANIFEST_NAME))
         if beside != self.manifest:
-            raise ContractError(f"{graph}: its manifest ({self.encoder_id}) is not the one beside it ({beside.encoder_id}); export again")
+            raise ContractError(f"{graph}: its manifest ({self.encoder_id}) is not the one beside it ({beside.encoder_id})")
         self._batch_size = batch_size
 
     @property

@@ -48,7 +48,7 @@ class Index:
 
     def __init__(self, catalog: Catalog, path: Path) -> None:
         """Load `path` if it can be trusted, else start empty; then replay what the catalog has beyond it."""
-        self._catalog, self._path, self._lock = catalog, path, __import__("contextlib").nullcontext()
+        self._catalog, self._path, self._lock = catalog, path, threading.RLock()
         self._clear()
         self._load()
         self.catch_up()

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -91,7 +92,9 @@ def open_source(source: str | Path) -> ImageSet:
     else:
         raise SourceError(f"{text}: wanted a folder, .csv, .zip or .tar; pack or unpack it as one of these")
     if not images.everything:
-        raise SourceError(f"{text}: holds no pictures (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); is it the right folder?")
+        raise SourceError(
+            f"{text}: holds no pictures (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); is it the right folder?"
+        )
     return images
 
 
@@ -101,11 +104,11 @@ def read_bytes(source: str) -> bytes:
     try:
         if not member:
             return Path(source).read_bytes()
-        modified_ns = os.stat(location).st_mtime_ns
+        modified_ns = Path(location).stat().st_mtime_ns
         if location.endswith(".zip"):
             return _open_zip(location, modified_ns).read(member)
         offset, size = _tar_index(location, modified_ns)[member]
-        with open(location, "rb") as file:
+        with Path(location).open("rb") as file:
             file.seek(offset)
             return file.read(size)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
@@ -123,7 +126,9 @@ def read_batches(
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
             results = list(pool.map(partial(_read_one, preprocess=preprocess), chunk))
-            good = [(sample, pixels) for sample, pixels in zip(chunk, results, strict=True) if not isinstance(pixels, Unreadable)]
+            good = [
+                (sample, pixels) for sample, pixels in zip(chunk, results, strict=True) if not isinstance(pixels, Unreadable)
+            ]
             shape = (0, preprocess.height_px, preprocess.width_px, 3)
             stacked = np.stack([pixels for _, pixels in good]) if good else np.empty(shape, np.uint8)
             yield [sample for sample, _ in good], stacked, [result for result in results if isinstance(result, Unreadable)]
@@ -143,18 +148,20 @@ def _folder_members(root: Path) -> list[str]:
 def _archive_members(path: Path) -> list[str]:
     try:
         modified_ns = path.stat().st_mtime_ns
-        return _open_zip(str(path), modified_ns).namelist() if path.suffix == ".zip" else list(_tar_index(str(path), modified_ns))
+        return (
+            _open_zip(str(path), modified_ns).namelist() if path.suffix == ".zip" else list(_tar_index(str(path), modified_ns))
+        )
     except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise SourceError(f"{path}: not a readable archive ({error}); compressed .tar files must be unpacked") from error
 
 
 @lru_cache(maxsize=8)
-def _open_zip(location: str, modified_ns: int) -> zipfile.ZipFile:
+def _open_zip(location: str, _modified_ns: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(location)
 
 
 @lru_cache(maxsize=8)
-def _tar_index(location: str, modified_ns: int) -> dict[str, tuple[int, int]]:
+def _tar_index(location: str, _modified_ns: int) -> dict[str, tuple[int, int]]:
     with tarfile.open(location, "r:") as archive:
         return {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
 
@@ -191,15 +198,18 @@ def _image_set(roles: dict[str, list[Sample]]) -> ImageSet:
 
 def _is_picture(member: str) -> bool:
     parts = PurePosixPath(member).parts
-    return PurePosixPath(member).suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in parts)
+    return PurePosixPath(member).suffix.lower() in IMAGE_SUFFIXES and not any(
+        part.startswith((".", "__MACOSX")) for part in parts
+    )
 
 
 def _shared_folder(members: list[str]) -> int:
     """Length of the path that all members share: archives often wrap everything in one folder."""
     if not members:
         return 0
-    shared = os.path.commonprefix([member.rpartition("/")[0] + "/" for member in (members[0], members[-1])])
-    return shared.rfind("/") + 1
+    first, last = (member.split("/")[:-1] for member in (members[0], members[-1]))  # sorted: what these share, all share
+    shared = [one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+    return sum(len(part) + 1 for part in shared)
 
 
 def _market_sample(source: str, member: str) -> list[Sample]:

@@ -24,6 +24,12 @@ TRIES = 3
 BACKOFF_S = 0.1
 """Waited before the second try; doubles for each further one."""
 _PORTS = {"grpc": 8001, "http": 8000}
+_CHANNEL = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 200),  # gRPC's own 120 s would go on refusing long after a server has come back
+]
 _T = TypeVar("_T")
 
 
@@ -157,7 +163,7 @@ class _Grpc:
     """One channel for all threads."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
-        self._client = tritonclient.grpc.InferenceServerClient(address)
+        self._client = tritonclient.grpc.InferenceServerClient(address, channel_args=_CHANNEL)
         self._timeout_s = timeout_s
 
     def models(self) -> list[str]:

@@ -13,13 +13,15 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from serve.errors import TritonStartError
 from serve.files import atomic_folder
 
 VARIABLE = "SIMCLR_TRITON_ENV"
-NEEDS = ("numpy<2", "onnxruntime", "pillow")
+NEEDS = ("numpy<2", "onnxruntime", f"pillow=={metadata.version('pillow')}")
+"""Pillow as it is here: another version may resize to other pixels."""
 PYTRITON = "nvidia-pytriton==0.7.0"
 """Carries tritonserver 2.51. Installed without its dependencies: only the binaries in it are used."""
 _INSTALL = "install it with `make triton-runtime`, or use a container that has tritonserver on its PATH"

@@ -124,7 +124,7 @@ class TritonServer:
         options = [
             f"--model-repository={self.repository.resolve()}",
             "--disable-auto-complete-config",
-            "--exit-timeout-secs=10",
+            "--exit-timeout-secs=5",
         ]
         for kind, port in self.ports.items():
             options += [f"--{kind}-address={HOST}", f"--{kind}-port={port}"]
@@ -192,12 +192,12 @@ def _why(log: str, repository: Path) -> str:
     """The server's reason in one line, out of its log."""
     if "KIND_GPU but" in log:
         return f"{repository}: its models want a GPU and this machine has none that works; export again with --target cpu"
-    failed = re.search(r"failed to load '([^']+)' version \d+: (.+)", log) or re.search(
-        r"for model directory '([^']+)': (.+)", log
-    )
-    if failed:
+    if failed := re.search(r"failed to load '([^']+)' version \d+: (.+)", log):
         reason = failed[2].split("\\n")[0].strip('" ')
         return f"{repository}: model {failed[1]} does not load ({reason}); export the run again"
+    if foreign := re.search(r"for model directory '([^']+)': (.+)", log):
+        reason = foreign[2].strip('" ')
+        return f"{repository}: folder {foreign[1]} is not a model ({reason}); move it elsewhere or export the run again"
     return f"the Triton server did not start: {_tail(log)}"
 
 

@@ -4,28 +4,37 @@ No photograph and no real person is behind these pictures: every pixel is drawn 
 for a surveillance data set where none may be shipped. It keeps what makes re-identification hard: each camera has its
 own background, colour cast, exposure, viewpoint and side of the person; clothes come from one small palette, so many
 people share their colours and differ in pattern, cut, hair and bag; boxes jitter and bodies are sometimes hidden.
+
+Two CSVs at the root of the set, `patterns_train.csv` and `patterns_test.csv`, make a classification task of the same
+pictures: name the pattern of a person's top, and do it for people who were not in the training.
 """
 
+import csv
 import json
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
-from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from serve.files import atomic_folder
+from serve.sources import JUNK_IDENTITY
+from train.demo_figure import FACINGS, Facing, Look, Pen, draw_person, look_of, shade
 
 WIDTH_PX, HEIGHT_PX, JPEG_QUALITY = 64, 128, 90
 SUPERSAMPLING = 3  # everything is drawn this much larger, then averaged down: PIL's shapes have no smooth edges
 DRAWING_VERSION = 1  # raise it when the pictures change: a folder drawn by older code is then not taken for this set
 CAMERAS = (1, 2, 3, 4)
 MOST_PEOPLE = 9999
+DISTRACTOR_IDENTITY = "0000"  # Market-1501's mark for boxes of people who are in no query
 PANORAMA_PX = (4 * WIDTH_PX * SUPERSAMPLING, HEIGHT_PX * SUPERSAMPLING + 40)
 LOOK, WALK, FRAME, PLAN = range(4)  # keep the random streams of one seed apart
+TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
+PATTERN_FILES = {"patterns_train.csv": (TRAIN,), "patterns_test.csv": (QUERY, GALLERY)}
+"""Each CSV and the folders whose pictures it lists; distractors and junk are in neither."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +89,16 @@ class _Camera:
 class _Box:
     """One picture to draw: where it goes, and the numbers that seed it."""
 
-    path: str
+    folder: str
+    name: str
+    identity: str
     person: int
     camera: int
     frame: int
-    junk: bool
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/{self.name}"
 
 
 def _cameras() -> tuple[_Camera, ...]:
@@ -145,12 +159,12 @@ def _paint_car_park(draw: ImageDraw.ImageDraw, width: int, height: int) -> None:
 
 def _box_image(spec: DemoSet, box: _Box, camera: _Camera, scene: Image.Image) -> Image.Image:
     """The finished picture of one box; depends on nothing but its arguments."""
-    look = look_of(np.random.default_rng((spec.seed, LOOK, box.person)))
+    look = _look_of_person(spec, box.person)
     walk = np.random.default_rng((spec.seed, WALK, box.person, box.camera))
     rng = np.random.default_rng((spec.seed, FRAME, box.person, box.camera, box.frame))
     facing = camera.facing if walk.random() < 0.6 else FACINGS[int(walk.integers(4))]
     # Junk is what a detector returns when it misses: the person stands mostly outside the box.
-    people = [(look, rng.choice((-1, 1)) * rng.uniform(0.45, 0.7) if box.junk else 0.0)]
+    people = [(look, rng.choice((-1, 1)) * rng.uniform(0.45, 0.7) if box.identity == JUNK_IDENTITY else 0.0)]
     if rng.random() < 0.1:
         passer_by = (look_of(rng), rng.choice((-1, 1)) * rng.uniform(0.36, 0.5))
         people.insert(int(rng.integers(2)), passer_by)
@@ -160,6 +174,10 @@ def _box_image(spec: DemoSet, box: _Box, camera: _Camera, scene: Image.Image) ->
         draw_person(pen, someone, facing, rng.uniform(0, math.tau))
     _draw_obstacle(ImageDraw.Draw(canvas), rng)
     return _photograph(canvas, camera, rng)
+
+
+def _look_of_person(spec: DemoSet, person: int) -> Look:
+    return look_of(np.random.default_rng((spec.seed, LOOK, person)))
 
 
 def _crop_scene(scene: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -208,11 +226,11 @@ def _plan(spec: DemoSet) -> list[_Box]:
     train, test = order[: spec.train_identities].tolist(), order[spec.train_identities :].tolist()
     first_distractor = len(order) + 1
     return [
-        *_tracks("bounding_box_train", train, spec.train_images, 0, spec),
-        *_tracks("query", test, 1, 0, spec),
-        *_tracks("bounding_box_test", test, spec.gallery_images, 1, spec),
-        *_strangers("0000", first_distractor, spec.distractors, spec),
-        *_strangers("-1", first_distractor + spec.distractors, spec.junk, spec),
+        *_tracks(TRAIN, train, spec.train_images, 0, spec),
+        *_tracks(QUERY, test, 1, 0, spec),
+        *_tracks(GALLERY, test, spec.gallery_images, 1, spec),
+        *_strangers(DISTRACTOR_IDENTITY, first_distractor, spec.distractors, spec),
+        *_strangers(JUNK_IDENTITY, first_distractor + spec.distractors, spec.junk, spec),
     ]
 
 
@@ -224,18 +242,18 @@ def _tracks(folder: str, identities: list[int], count: int, first: int, spec: De
                 yield _box_of(folder, f"{identity:04d}", identity, camera, step, spec)
 
 
-def _strangers(code: str, first_person: int, count: int, spec: DemoSet) -> Iterator[_Box]:
+def _strangers(identity: str, first_person: int, count: int, spec: DemoSet) -> Iterator[_Box]:
     for person in range(first_person, first_person + count):
-        yield _box_of("bounding_box_test", code, person, CAMERAS[person % len(CAMERAS)], 0, spec)
+        yield _box_of(GALLERY, identity, person, CAMERAS[person % len(CAMERAS)], 0, spec)
 
 
-def _box_of(folder: str, code: str, person: int, camera: int, step: int, spec: DemoSet) -> _Box:
+def _box_of(folder: str, identity: str, person: int, camera: int, step: int, spec: DemoSet) -> _Box:
     walk = np.random.default_rng((spec.seed, PLAN, person, camera))
     sequence, start, number = (int(walk.integers(*span)) for span in ((1, 7), (0, 80), (1, 6)))
-    # The person is in the frame number too, so that boxes that share the code 0000 or -1 never share a name.
+    # The person is in the frame number too, so that boxes that share the mark 0000 or -1 never share a name.
     frame = 100 * person + start + 5 * step
-    path = f"{folder}/{code}_c{camera}s{sequence}_{frame:06d}_{number:02d}.jpg"
-    return _Box(path, person, camera, frame, junk=code == "-1")
+    name = f"{identity}_c{camera}s{sequence}_{frame:06d}_{number:02d}.jpg"
+    return _Box(folder, name, identity, person, camera, frame)
 
 
 def draw_demo_set(out: Path, spec: DemoSet = DemoSet(), *, progress: bool = True) -> Path:
@@ -246,27 +264,41 @@ def draw_demo_set(out: Path, spec: DemoSet = DemoSet(), *, progress: bool = True
     out, boxes = Path(out), _plan(spec)
     if _holds_set(out, spec, boxes):
         return out
+    _refuse_anything_else(out, spec)
+    with atomic_folder(out) as staged:
+        _draw_boxes(staged, spec, boxes, progress)
+        _write_patterns(staged, spec, boxes)
+        (staged / "demo_set.json").write_text(json.dumps(_described(spec), indent=2) + "\n")
+        _refuse_anything_else(out, spec)  # again: what came here while we drew would be replaced
+    return out
+
+
+def _refuse_anything_else(out: Path, spec: DemoSet) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(
             f"demo set: got {out}, which holds something else, wanted a new folder or a complete set drawn with "
             f"{spec}; move it away or name another folder"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
-        staged = Path(workplace) / "set"
-        _draw_boxes(staged, spec, boxes, progress)
-        (staged / "demo_set.json").write_text(json.dumps(_described(spec), indent=2) + "\n")
-        staged.replace(out)
-    return out
 
 
 def _draw_boxes(folder: Path, spec: DemoSet, boxes: list[_Box], progress: bool) -> None:
-    for name in ("bounding_box_train", "query", "bounding_box_test"):
-        (folder / name).mkdir(parents=True)
+    for name in (TRAIN, QUERY, GALLERY):
+        (folder / name).mkdir()
     views = [(camera, _scene_of(camera)) for camera in _cameras()]
     for box in tqdm(boxes, desc="drawing the demo set", unit="image", disable=not progress):
         image = _box_image(spec, box, *views[box.camera - 1])
         image.save(folder / box.path, quality=JPEG_QUALITY)
+
+
+def _write_patterns(folder: Path, spec: DemoSet, boxes: list[_Box]) -> None:
+    for name, folders in PATTERN_FILES.items():
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(("path", "label", "identity", "camera", "time"))
+            for box in boxes:
+                if box.folder in folders and box.identity not in (DISTRACTOR_IDENTITY, JUNK_IDENTITY):
+                    pattern = _look_of_person(spec, box.person).pattern
+                    rows.writerow((box.path, pattern, box.identity, box.camera, box.frame))
 
 
 def _described(spec: DemoSet) -> dict[str, int]:
@@ -278,4 +310,5 @@ def _holds_set(folder: Path, spec: DemoSet, boxes: list[_Box]) -> bool:
         found = json.loads((folder / "demo_set.json").read_text())
     except (OSError, ValueError):
         return False
-    return bool(found == _described(spec)) and all((folder / box.path).is_file() for box in boxes)
+    wanted = [*PATTERN_FILES, *(box.path for box in boxes)]
+    return bool(found == _described(spec)) and all((folder / path).is_file() for path in wanted)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,8 @@ from serve.contract import Preprocess
 from serve.encoder import Encoder as ServedEncoder
 from serve.errors import TrainingError
 from serve.sources import ImageSet, Sample, open_source
-from train.data import load_pixels
+from train.augment import SimCLRAugment
+from train.data import load_pixels, step_generator, training_frame
 from train.encoder import Encoder, UnitEncoder
 
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 200, 0.1
@@ -136,11 +137,18 @@ def evaluate(encoder: ServedEncoder, source: str, test: str | None, protocol: Li
 
 def fit_head_on(encoder: ServedEncoder, source: str) -> Head:
     """A head from all labelled pictures of a source. Raises: TrainingError."""
-    labelled = [sample for sample in open_source(source).train if sample.group is not None]
+    labelled = [sample for sample in open_source(source).train if sample.label is not None]
     if not labelled:
         raise TrainingError(f"{source}: no labels to learn from; {HOW_TO_LABEL}")
     vectors, samples, _ = embed_samples(encoder, labelled, "embedding")
     return fit_head(vectors, groups_of(samples), encoder.encoder_id)
+
+
+def score_head(head: Head, encoder: ServedEncoder, samples: Sequence[Sample]) -> Head:
+    """The head with its accuracy on other labelled pictures in its report."""
+    vectors, kept, _ = embed_samples(encoder, [sample for sample in samples if sample.label is not None], "test")
+    scores = {"test_accuracy": head_accuracy(head, vectors, groups_of(kept)), "test_pictures": len(kept)}
+    return replace(head, report=head.report | scores)
 
 
 def head_accuracy(head: Head, vectors: NDArray[np.float32], groups: Sequence[str]) -> float:
@@ -210,11 +218,16 @@ def embed_pixels(encoder: Encoder, images_NCHW: Tensor, device: torch.device) ->
     return torch.cat(vectors).numpy()
 
 
-def colour_histogram(images_NHWC: NDArray[np.uint8], bins: int = 8) -> NDArray[np.float32]:
-    """The baseline without a network: square roots of the RGB histogram (N, bins ** 3); cosine is then Bhattacharyya's."""
-    cells = (images_NHWC.astype(np.int64) * bins // 256) @ np.array([bins * bins, bins, 1])
-    counts = np.stack([np.bincount(picture.ravel(), minlength=bins**3) for picture in cells])
-    return np.asarray(np.sqrt(counts / counts.sum(1, keepdims=True)), dtype=np.float32)
+def view_retrieval(encoder: ServedEncoder, samples: Sequence[Sample], *, most: int = 1000, seed: int = 0) -> float:
+    """Share of pictures that one random view of them finds first among all: what can be scored without any label."""
+    preprocess = encoder.manifest.preprocess
+    pixels = load_pixels(_spread(list(samples), most), training_frame(preprocess))
+    augment = SimCLRAugment((preprocess.height_px, preprocess.width_px), strength=0.5, blur=False)
+    views = augment(pixels.images, step_generator(seed, 0)).mul(255).round().byte().permute(0, 2, 3, 1)
+    vectors, kept, _ = embed_samples(encoder, pixels.samples, "views")
+    assert len(kept) == len(views)
+    nearest = (encoder.embed(list(views.numpy())) @ vectors.T).argmax(1)
+    return float((nearest == np.arange(len(nearest))).mean())
 
 
 def _spread(samples: list[Sample], most: int) -> list[Sample]:

@@ -3,14 +3,18 @@
 import hashlib
 import json
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from serve.sources import ImageSet, Sample, open_source
 from train import demo_data
 from train.demo_data import DemoSet, draw_demo_set
+from train.demo_figure import PATTERNS, Look, Pen, draw_person, look_of
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 SMALL = DemoSet(train_identities=5, test_identities=4, train_images=2, gallery_images=2, distractors=5, junk=4)
@@ -52,7 +56,7 @@ def test_another_seed_draws_other_pictures(small_set: Path, tmp_path: Path) -> N
     other = draw_demo_set(tmp_path / "other", DemoSet(**{**vars(SMALL), "seed": 1}), progress=False)
     ours, theirs = digests(small_set), digests(other)
     pictures = {digest for name, digest in ours.items() if name.endswith(".jpg")}
-    assert len(pictures) == len(ours) - 1, "no two pictures are alike"
+    assert len(pictures) == sum(name.endswith(".jpg") for name in ours), "no two pictures are alike"
     assert pictures.isdisjoint(theirs.values())
 
 
@@ -100,9 +104,10 @@ def test_a_set_of_another_spec_is_refused(small_set: Path) -> None:
         draw_demo_set(small_set, DemoSet(**{**vars(SMALL), "seed": 7}), progress=False)
 
 
-def test_a_set_with_a_missing_picture_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", ["query/*.jpg", "patterns_train.csv"])
+def test_a_set_with_a_missing_file_is_refused(tmp_path: Path, missing: str) -> None:
     out = draw_demo_set(tmp_path / "set", SMALL, progress=False)
-    next((out / "query").iterdir()).unlink()
+    next(out.glob(missing)).unlink()
     with pytest.raises(FileExistsError, match="complete set"):
         draw_demo_set(out, SMALL, progress=False)
 
@@ -144,10 +149,76 @@ def test_nothing_half_written_remains(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_appears_while_the_set_is_drawn_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, out = Image.Image.save, tmp_path / "set"
+
+    def save_beside_another(image: Image.Image, path: Path, **options: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "beach.jpg").write_bytes(b"mine")
+        save(image, path, **options)
+
+    monkeypatch.setattr(demo_data.Image.Image, "save", save_beside_another)
+    with pytest.raises(FileExistsError, match="holds something else"):
+        draw_demo_set(out, SMALL, progress=False)
+    assert list(tmp_path.iterdir()) == [out]
+    assert [path.name for path in out.iterdir()] == ["beach.jpg"]
+
+
 @pytest.mark.parametrize("wrong", [{"test_identities": 0}, {"junk": -1}, {"seed": -1}, {"train_identities": 9900}])
 def test_impossible_counts_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"demo set: got .*, wanted"):
         DemoSet(**wrong)
+
+
+def patterns(root: Path, part: str) -> tuple[Sample, ...]:
+    return open_source(root / f"patterns_{part}.csv").everything
+
+
+def test_pattern_files_name_the_pictures_as_the_folder_does(small_set: Path) -> None:
+    folder: ImageSet = open_source(small_set)
+    asked_for = [sample for sample in folder.query + folder.gallery if sample.identity not in ("0000", "-1")]
+    for part, samples in (("train", folder.train), ("test", asked_for)):
+        listed = patterns(small_set, part)
+        assert {replace(sample, label=None) for sample in listed} == set(samples)
+        assert len(listed) == len(samples)
+        assert all(sample.label in PATTERNS for sample in listed)
+
+
+def test_pattern_files_name_pictures_relative_to_themselves(small_set: Path) -> None:
+    for name in ("patterns_train.csv", "patterns_test.csv"):
+        header, *rows = (small_set / name).read_text().splitlines()
+        assert header == "path,label,identity,camera,time"
+        assert all(row.startswith(FOLDERS) for row in rows)
+
+
+def test_an_identity_wears_one_pattern_and_is_in_one_pattern_file(small_set: Path) -> None:
+    train, test = ({(s.identity, s.label) for s in patterns(small_set, part)} for part in ("train", "test"))
+    assert len(train) == SMALL.train_identities
+    assert len(test) == SMALL.test_identities
+    assert {identity for identity, _ in train}.isdisjoint(identity for identity, _ in test)
+
+
+def test_patterns_of_the_default_set_are_balanced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_data, "_draw_boxes", lambda *_: None)  # the pictures take a while, and the labels are enough
+    root = draw_demo_set(tmp_path / "set", progress=False)
+    for part, least in (("train", 0.08), ("test", 0.05)):
+        people = {sample.identity: sample.label for sample in patterns(root, part)}
+        shares = {label: count / len(people) for label, count in Counter(people.values()).items()}
+        assert set(shares) == set(PATTERNS)
+        assert min(shares.values()) >= least
+
+
+def test_every_pattern_looks_different() -> None:
+    look: Look = look_of(np.random.default_rng(0))
+    drawn = []
+    for pattern in PATTERNS:
+        canvas = Image.new("RGB", (96, 192))
+        pen = Pen(canvas, foot=(48, 190), height=185, shear=0, taper=0, mirror=False)
+        draw_person(pen, replace(look, pattern=pattern), "front", 0.0)
+        drawn.append(np.asarray(canvas))
+    for k, one in enumerate(drawn):
+        for other in drawn[:k]:
+            assert (one != other).any(-1).mean() > 0.02  # of all pixels; the torso is about a tenth of them
 
 
 def pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

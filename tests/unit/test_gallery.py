@@ -334,12 +334,14 @@ def test_threads_search_while_others_add_and_remove(gallery):
     readers = [threading.Thread(target=search) for _ in range(3)]
     for reader in readers:
         reader.start()
-    for turn in range(15):
-        ids = gallery.add(samples_of(20, f"{turn}/"), vectors_of(20, seed=turn + 1), batch_size=7).ids
-        gallery.remove(ids[::2])
-    stop.set()
-    for reader in readers:
-        reader.join()
+    try:
+        for turn in range(15):
+            ids = gallery.add(samples_of(20, f"{turn}/"), vectors_of(20, seed=turn + 1), batch_size=7).ids
+            gallery.remove(ids[::2])
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
     assert failures == []
     assert len(gallery) == 20 + 15 * 10
     assert gallery.verify() == []

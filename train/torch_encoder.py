@@ -1,0 +1,85 @@
+"""Encoders in torch, before any export: a finished run, and the two baselines it has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serve.contract import Manifest
+from serve.encoder import Picture, prepare_batch
+from train.checkpoint import load_encoder
+from train.encoder import Encoder, UnitEncoder
+
+CALIBRATION_BATCHES = 8
+
+
+class TorchEncoder:
+    """`serve.encoder.Encoder` in torch. A run's encoder_id is that of its fp32 export."""
+
+    def __init__(self, encoder: Encoder, manifest: Manifest, *, batch_size: int = 256) -> None:
+        self.manifest = manifest
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = UnitEncoder(encoder).to(self._device).eval()
+        self._batch_size = batch_size
+
+    @property
+    def encoder_id(self) -> str:
+        """Who made the vectors."""
+        return self.manifest.encoder_id
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+        """Unit vectors float32 (N, D). Raises: ImageError."""
+        vectors = np.empty((len(images), self.manifest.embedding_dim), np.float32)
+        for start in range(0, len(images), self._batch_size):
+            batch = prepare_batch(images[start : start + self._batch_size], self.manifest.preprocess)
+            vectors[start : start + len(batch)] = self._model(torch.from_numpy(batch).to(self._device)).cpu().numpy()
+        return vectors
+
+
+def open_run(run: Path) -> TorchEncoder:
+    """The encoder of a finished run. Raises: ContractError."""
+    return TorchEncoder(*load_encoder(run))
+
+
+def untrained(manifest: Manifest, images_NHWC: NDArray[np.uint8], seed: int = 0) -> TorchEncoder:
+    """The baseline that has learned nothing: the run's architecture with fresh weights.
+
+    Its batch norms have seen pictures, because with their initial statistics it would be worse than it need be.
+    """
+    training: dict[str, Any] = manifest.training
+    torch.manual_seed(seed)
+    encoder = Encoder(training["arch"], training["width"], training["stem"])
+    model = UnitEncoder(encoder).train()
+    with torch.inference_mode():
+        for chunk in _chunks(images_NHWC):
+            model(chunk)
+    return TorchEncoder(encoder, manifest)
+
+
+def _chunks(images_NHWC: NDArray[np.uint8]) -> list[Tensor]:
+    spread = images_NHWC[:: -(-len(images_NHWC) // (CALIBRATION_BATCHES * 64))]
+    return [chunk for chunk in torch.from_numpy(np.ascontiguousarray(spread)).split(64) if len(chunk) > 1]
+
+
+class ColourHistogram:
+    """The baseline without a network: square roots of the RGB histogram, so that cosine is Bhattacharyya's coefficient."""
+
+    BINS = 8
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest.model_copy(update={"embedding_dim": self.BINS**3})
+        self.encoder_id = "colour histogram"
+
+    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+        """Unit vectors float32 (N, 512)."""
+        pixels = prepare_batch(images, self.manifest.preprocess)
+        cells = (pixels.astype(np.int64) * self.BINS // 256) @ np.array([self.BINS**2, self.BINS, 1])
+        counts = np.stack([np.bincount(picture.ravel(), minlength=self.BINS**3) for picture in cells])
+        return np.asarray(np.sqrt(counts / counts.sum(1, keepdims=True)), dtype=np.float32)
