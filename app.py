@@ -43,6 +43,7 @@ REID_RULE = (
     "<b>✓ green</b> same identity, <b>✗ red</b> another one, <b>? grey</b> the identity of the probe or of the picture is "
     "unknown. As usual in re-ID, pictures of the probe's identity taken by the probe's own camera are left out, and so is junk."
 )
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 log = logging.getLogger(__name__)
 
 Query: TypeAlias = int | str | None
@@ -67,7 +68,7 @@ class Desk:
     encoder: Encoder
     head: Head | None = None
 
-    def search(self, query: Query, k: int, expression: str = "", *chosen: Sequence[str]) -> str:
+    def search(self, query: Query, k: int, expression: str | None = None, *chosen: Sequence[str]) -> str:
         """Result cards for a query; `chosen` holds the values ticked per field of FILTER_FIELDS."""
         if query is None:
             return _message(SEARCH_HINT)
@@ -94,7 +95,7 @@ class Desk:
             )
         except (SimclrError, ImageError) as error:
             return _complaint(error, query)
-        return _result(f"{_tally(hits)} of the {len(hits)} nearest to {self._name(query)}", hits)
+        return _result(f"The {len(hits)} nearest to {self._name(query)}: {_tally(hits)}", hits)
 
     def classify(self, query: Query) -> tuple[dict[str, float] | None, str]:
         """Class -> probability, and a message."""
@@ -118,7 +119,10 @@ class Desk:
     def describe_probe(self, query: Query) -> tuple[str | None, str | None]:
         """Identity and camera of a probe: as the gallery has them, or as a file name of the Market-1501 family says."""
         if isinstance(query, int):
-            item = self.gallery.item(query)
+            try:
+                item = self.gallery.item(query)
+            except SimclrError:  # removed since it was shown; `rank` will say so
+                return None, None
             identity, camera = item.identity, item.camera
         else:
             match = MARKET_NAME.match(Path(query or "").name)
@@ -129,7 +133,8 @@ class Desk:
         """A few items from all over the gallery."""
         ids = self.gallery.ids()
         items = [self.gallery.item(i) for i in ids[:: max(1, len(ids) // (8 * EXAMPLES))]]
-        fit = [item for item in items if not with_identity or (item.identity is not None and item.identity not in NOBODY)]
+        unfit = (*NOBODY, None) if with_identity else NOBODY
+        fit = [item for item in items if item.identity not in unfit]
         return fit[:: max(1, len(fit) // EXAMPLES)][:EXAMPLES]
 
     def _asked(self, query: int | str) -> Path | NDArray[np.float32]:
@@ -146,9 +151,9 @@ def _itself(query: int | str) -> list[int]:
     return [query] if isinstance(query, int) else []
 
 
-def _where(expression: str, chosen: Iterable[Sequence[str]]) -> Where:
+def _where(expression: str | None, chosen: Iterable[Sequence[str]]) -> Where:
     ticked = [Condition(field, "in", tuple(values)) for field, values in zip(FILTER_FIELDS, chosen, strict=False) if values]
-    return Where((*ticked, *parse_where(expression).conditions))
+    return Where((*ticked, *parse_where(expression or "").conditions))
 
 
 def _text(value: object) -> str:
@@ -172,13 +177,13 @@ def _complaint(error: Exception, query: Query) -> str:
 
 def _result(title: str, hits: Sequence[Hit]) -> str:
     if not hits:
-        return _message("No picture of the gallery passes the filter. Loosen it, or clear it.")
+        return _message("Nothing found: no picture of the gallery passes the filter. Loosen it, or clear it.")
     return f'{_message(title)}<div class="sc-grid">{"".join(_cards(hits))}</div>'
 
 
 def _tally(hits: Sequence[RankedHit]) -> str:
     counts = [sum(hit.match is verdict for hit in hits) for verdict in (True, False, None)]
-    return ", ".join(f"{count} {mark}" for count, mark in zip(counts, "✓✗?", strict=True) if count) or "0"
+    return ", ".join(f"{count} {mark}" for count, mark in zip(counts, "✓✗?", strict=True) if count)
 
 
 def _cards(items: Sequence[Item]) -> list[str]:
@@ -230,3 +235,235 @@ def _shrunk(encoded: bytes) -> Image.Image:
     image = decode(encoded)
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     return image
+
+
+def build_app(
+    gallery: Gallery, encoder: Encoder, *, head: Head | None, encoder_spec: str, notice: str | None = None
+) -> gr.Blocks:
+    """The app over one gallery; `notice` is a sentence for its top. Raises: EncoderMismatch if the head is another encoder's."""
+    if head is not None:
+        head.require(encoder.encoder_id)
+    desk = Desk(gallery, encoder, head)
+    with gr.Blocks(title="simclr-serve", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        gr.HTML(lambda: _header(gallery, encoder, encoder_spec))  # a function: counted anew at each visit
+        if notice:
+            gr.HTML(_message(_text(notice), "notice"))
+        with gr.Tab("Search"):
+            _search_tab(desk)
+        if gallery.distinct("identity"):
+            with gr.Tab("Re-ID"):
+                _reid_tab(desk)
+        if head is not None:
+            with gr.Tab("Classify"):
+                _classify_tab(desk, head)
+    return blocks.queue(default_concurrency_limit=4)
+
+
+def _header(gallery: Gallery, encoder: Encoder, spec: str) -> str:
+    manifest = encoder.manifest
+    where = spec if "://" in spec else f"in-process ({spec})"
+    facts = {
+        "encoder": f"{manifest.name} · {encoder.encoder_id}",
+        "runs": where,
+        "input": f"{manifest.preprocess.width_px} × {manifest.preprocess.height_px} px",
+        "vectors": f"{manifest.embedding_dim}-d",
+        "gallery": f"{gallery.folder.name} · {len(gallery):,} pictures",
+    }
+    chips = "".join(f"<span><i>{name}</i> {_text(value)}</span>" for name, value in facts.items())
+    return f'<h1 class="sc-title">simclr-serve</h1><div class="sc-chips">{chips}</div>'
+
+
+def _search_tab(desk: Desk) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            query = _query_widgets(desk, "Picture to search with", desk.examples())
+            with gr.Accordion("Options: how many, which ones", open=False):
+                k = _count_slider()
+                ticked = [_choices(desk, field, multiselect=True) for field in FILTER_FIELDS]
+                expression = gr.Textbox(
+                    label="Condition", info="fields: label, identity, camera, source, time; joined by and", lines=1,
+                    placeholder="camera != 2 and time >= 100", submit_btn="Apply",
+                )  # fmt: skip
+        with gr.Column(scale=3, min_width=300):
+            results = _pickable(_message(SEARCH_HINT), query)
+    triggers = [query.change, k.release, expression.submit, *(box.change for box in ticked)]
+    _listen(triggers, desk.search, [query, k, expression, *ticked], results)
+
+
+def _reid_tab(desk: Desk) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            query = _query_widgets(desk, "Probe: whom to look for", desk.examples(with_identity=True))
+            with gr.Row():
+                identity = _choices(desk, "identity", label="Probe's identity", min_width=120)
+                camera = _choices(desk, "camera", label="Probe's camera", min_width=120)
+            with gr.Accordion("Options", open=False):
+                k = _count_slider()
+                others = gr.Checkbox(label="Other cameras only", info="leave out everything the probe's camera saw")
+        with gr.Column(scale=3, min_width=300):
+            gr.HTML(f'<p class="sc-rule">{REID_RULE}</p>')
+            results = _pickable(_message(REID_HINT), query)
+    inputs = [query, k, identity, camera, others]
+    filled = _listen([query.change], desk.describe_probe, query, [identity, camera])
+    # `input` fires for people only: what is filled in above must not rank a second time
+    filled.then(desk.rank, inputs, results, **QUIET)
+    _listen([k.release, identity.input, camera.input, others.input], desk.rank, inputs, results)
+
+
+def _classify_tab(desk: Desk, head: Head) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            query = _query_widgets(desk, "Picture to classify", desk.examples())
+        with gr.Column(scale=3, min_width=300):
+            message = gr.HTML(_message("Give a picture, or click an example."))
+            answer = gr.Label(label="Most likely classes", num_top_classes=TOP_CLASSES)
+            if (accuracy := head.report.get("held_back_accuracy")) is not None:
+                text = f"Of the labelled pictures held back while this head was fitted, it named {accuracy:.1%} correctly."
+                gr.HTML(f'<p class="sc-rule">{text}</p>')
+    _listen([query.change], desk.classify, query, [answer, message])
+
+
+def _query_widgets(desk: Desk, label: str, examples: Sequence[Item]) -> gr.State:
+    """Upload, paste and examples; returns the state that holds the query."""
+    query = gr.State(None)
+    picture = PictureInput(
+        label=label, type="filepath", sources=["upload", "clipboard"], height=230, buttons=[], elem_classes="sc-query",
+        placeholder="Drop or paste a picture\nor click to choose one",
+    )  # fmt: skip
+    if examples:
+        strip = "".join(_cards(examples))
+        _pickable(f'<p class="sc-rule">or start with one of these</p><div class="sc-strip">{strip}</div>', query)
+    _listen([picture.upload], lambda path: path, picture, query)
+    _listen([picture.clear], lambda: None, None, query)
+    _listen([query.change], desk.preview, query, picture)
+    return query
+
+
+def _pickable(value: str, query: gr.State) -> gr.HTML:
+    """HTML whose cards become the query when they are clicked."""
+    cards = gr.HTML(value, js_on_load=PICK_JS, apply_default_css=False)
+    _listen([cards.click], _picked, None, query)
+    return cards
+
+
+def _picked(event: gr.EventData) -> int:
+    return int(event.id)
+
+
+def _listen(triggers: Sequence[Any], callback: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
+    return gr.on(triggers, callback, inputs, outputs, **QUIET)
+
+
+def _count_slider() -> gr.Slider:
+    return gr.Slider(1, MAX_HITS, value=12, step=1, label="How many results")
+
+
+def _choices(desk: Desk, field: str, *, label: str | None = None, multiselect: bool = False, min_width: int = 160) -> gr.Dropdown:
+    """A drop-down of the values that the gallery has; hidden where it has none. Others can be typed."""
+    values = desk.gallery.distinct(field)
+    return gr.Dropdown(
+        values[:MAX_CHOICES], value=[] if multiselect else None, multiselect=multiselect, allow_custom_value=True,
+        label=label or field.capitalize(), visible=bool(values), min_width=min_width,
+    )  # fmt: skip
+
+
+def serve_app(blocks: gr.Blocks, *, host: str = "127.0.0.1", port: int = 7860, wait: bool = True) -> str:
+    """Serve the app at the URL returned; with `wait`, until Ctrl-C. Raises: SimclrError if the port is busy."""
+    _require_free(host, port)
+    blocks.launch(
+        server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inline=False, share=False,
+        ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False, footer_links=[],
+        max_file_size="100mb", theme=_theme(), css=CSS, js=UPLOAD_JS,
+    )  # fmt: skip
+    url = f"http://{host}:{port}/"
+    if wait:
+        log.info("the app is at %s; Ctrl-C ends it", url)
+        blocks.block_thread()
+    return url
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        with closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise SimclrError(f"port {port} is busy or not allowed on {host} ({error.strerror}); use --port") from error
+
+
+def _theme() -> gr.themes.Base:
+    """Calm colours and the reader's own fonts: nothing is fetched from elsewhere."""
+    system = [gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")]
+    mono = [gr.themes.Font(name) for name in ("ui-monospace", "Menlo", "Consolas", "monospace")]
+    theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=system, font_mono=mono, radius_size="lg")
+    return theme.set(  # darker than Gradio's, so that small and grey text can be read
+        color_accent="*primary_700", body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400"
+    )
+
+
+PICK_JS = """element.addEventListener('click', event => {
+  const card = event.target.closest('[data-id]');
+  if (card) trigger('click', {id: Number(card.dataset.id)});
+})"""
+# Gradio has a paste button but no Ctrl+V, and silently drops files whose type the browser does not know to be an image
+# (.tif, .ppm, a broken one): both are handed to the picture of the open tab as images, so that the server can judge them.
+UPLOAD_JS = """() => {
+  const give = (file, target) => {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([file], file.name, {type: file.type.startsWith('image/') ? file.type : 'image/x-any'}));
+    target.dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true, cancelable: true}));
+  };
+  document.addEventListener('paste', event => {
+    const file = event.clipboardData?.files?.[0];
+    const target = [...document.querySelectorAll('.sc-query .upload-container')].find(element => element.offsetParent);
+    if (file && target) give(file, target);
+  });
+  for (const kind of ['drop', 'change']) document.addEventListener(kind, event => {
+    const file = (event.dataTransfer ?? event.target).files?.[0];
+    const target = event.target.closest?.('.sc-query .upload-container');
+    if (!file || !target || file.type.startsWith('image/')) return;
+    event.preventDefault();
+    event.stopPropagation();
+    give(file, target);
+  }, true);
+}"""
+CSS = """
+.html-container { padding: 0 !important; }
+.sc-title { font-size: 1.5rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
+.sc-chips, .sc-facts { display: flex; flex-wrap: wrap; gap: 6px; }
+.sc-chips { margin-top: 8px; }
+.sc-chips span { padding: 2px 10px; border-radius: 99px; background: var(--background-fill-secondary);
+  border: 1px solid var(--border-color-primary); font-size: 0.8rem; overflow-wrap: anywhere; }
+.sc-chips i, .sc-rule { color: var(--body-text-color-subdued); font-style: normal; }
+.sc-rule { font-size: 0.85rem; line-height: 1.5; margin: 0; }
+.sc-hint, .sc-problem, .sc-notice { margin: 0 0 10px; line-height: 1.5; overflow-wrap: anywhere; }
+.sc-problem, .sc-notice { padding: 10px 14px; border-radius: 8px; border-left: 4px solid #d97706;
+  background: color-mix(in srgb, #d97706 12%, transparent); }
+.sc-query img { width: 100%; height: 100%; padding-top: 30px; object-fit: contain; }
+.sc-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 12px; }
+.sc-strip { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; margin-top: 6px; }
+.sc-card { display: flex; flex-direction: column; min-width: 0; padding: 0; overflow: hidden; text-align: left; cursor: pointer;
+  color: var(--body-text-color); background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
+  border-radius: 10px; transition: transform 0.1s, box-shadow 0.1s; }
+.sc-card:hover { transform: translateY(-2px); box-shadow: 0 4px 14px #0002; }
+.sc-card:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 1px; }
+.sc-picture { position: relative; height: 168px; background: var(--background-fill-secondary); }
+.sc-strip .sc-picture { height: 84px; }
+.sc-picture img { width: 100%; height: 100%; object-fit: contain; display: block; }
+.sc-gone { position: absolute; inset: 0; display: grid; place-items: center; padding: 8px; text-align: center;
+  font-size: 0.8rem; background: #8884; }
+.sc-head { display: flex; justify-content: space-between; padding: 6px 10px 0; font-variant-numeric: tabular-nums; }
+.sc-rank { color: var(--body-text-color-subdued); }
+.sc-score { font-weight: 600; }
+.sc-facts { padding: 0 10px 8px; gap: 0 8px; font-size: 0.8rem; line-height: 1.4; overflow-wrap: anywhere; }
+.sc-strip .sc-head, .sc-strip .sc-facts { display: none; }
+.sc-mark { position: absolute; top: 6px; right: 6px; width: 26px; height: 26px; border-radius: 50%; color: #fff;
+  display: grid; place-items: center; font-weight: 700; background: var(--sc); }
+.sc-right { --sc: #15803d; } .sc-wrong { --sc: #c02626; } .sc-open { --sc: #64748b; }
+.sc-card:has(.sc-mark) { border-width: 3px; }
+.sc-card:has(.sc-right) { border-color: #15803d; } .sc-card:has(.sc-wrong) { border-color: #c02626; }
+.sc-card:has(.sc-open) { border-color: #64748b; }
+@media (max-width: 640px) { .sc-grid { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 8px; }
+  .sc-picture { height: 140px; } .sc-chips span { font-size: 0.75rem; padding: 1px 8px; }
+  .sc-strip { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: 64px; overflow-x: auto; padding-bottom: 4px; } }
+"""

@@ -23,6 +23,7 @@ from train.config import PretrainConfig
 
 if TYPE_CHECKING:
     from serve.encoder import Encoder
+    from serve.gallery import Gallery
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,16 +181,15 @@ class GalleryAdd:
     """The gallery's folder."""
     images: str
     """Folder, .csv, .zip, .tar or a known dataset's root."""
-    encoder: str
-    """A RUN folder, a model repository, or grpc://host:port/NAME, http://host:port/NAME."""
+    encoder: str | None = None
+    """A RUN folder, a model repository, or grpc://host:port/NAME, http://host:port/NAME. Default: the one used before."""
 
     def __call__(self) -> None:
         from serve.bulk import add_pictures
-        from serve.gallery import Gallery
         from serve.sources import open_source
 
         images = open_source(self.images)
-        with Gallery.open(self.gallery, open_encoder(self.encoder), create=True) as gallery:
+        with open_gallery(self.gallery, self.encoder, create=True) as gallery:
             report = add_pictures(gallery, images.gallery or images.everything)
             _tell_unreadable(report.unreadable)
             print(f"{self.gallery}: {len(report.ids)} added, {report.already_present} were there, {len(gallery)} in all")
@@ -270,8 +270,8 @@ class Search:
     """The gallery's folder."""
     image: Path
     """The picture to search with."""
-    encoder: str
-    """The encoder that made the gallery: RUN, a model repository, grpc://… or http://…"""
+    encoder: str | None = None
+    """The encoder that made the gallery: RUN, a model repository, grpc://… or http://…  Default: the one used before."""
     k: Annotated[int, arg(aliases=["-k"])] = 10
     """How many."""
     where: str | None = None
@@ -280,9 +280,7 @@ class Search:
     """Print JSON."""
 
     def __call__(self) -> None:
-        from serve.gallery import Gallery
-
-        with Gallery.open(self.gallery, open_encoder(self.encoder)) as gallery:
+        with open_gallery(self.gallery, self.encoder) as gallery:
             hits = gallery.search(self.image, self.k, self.where)
         if self.json:
             print(json.dumps([asdict(hit) for hit in hits]))
@@ -403,6 +401,21 @@ def open_encoder(spec: str) -> Encoder:
     if (Path(spec) / "config.json").is_file():
         raise ContractError(f"{spec}: this run has not written its encoder yet; finish it with simclr pretrain ... --resume")
     return open_served(spec)
+
+
+def open_gallery(folder: Path, spec: str | None, *, create: bool = False) -> Gallery:
+    """A gallery with its encoder: the one named, or else the one it was last filled with."""
+    from serve.gallery import Gallery
+
+    if spec is None:
+        with Gallery.open(folder) as gallery:
+            spec = gallery.encoder_spec
+        if spec is None:
+            raise ContractError(f"{folder}: does not know where its encoder is; give --encoder ENC")
+    gallery = Gallery.open(folder, open_encoder(spec), create=create)
+    if create:
+        gallery.encoder_spec = spec if "://" in spec else str(Path(spec).absolute())
+    return gallery
 
 
 def _write_json(path: Path | None, report: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def run_demo(*, images: str | None, out: Path, minutes: float, app: bool, port: 
             http = TritonEncoder(f"{report['triton']['http']}/{NAME}")
             report["transports"] = _transports(served, http, open_encoder(repository), pictures.everything)
         _step(7, "Fill a gallery and search it")
-        with _gallery(out / "gallery", served, pictures) as gallery:
+        with _gallery(out / "gallery", served, repository, pictures) as gallery:
             report["search"] = _searches(gallery, served)
             report["minutes_in_all"] = round((time.monotonic() - started) / 60, 2)
             _write(out / "demo.json", report)
@@ -250,13 +250,14 @@ def _transports(served: TritonEncoder, http: TritonEncoder, local: Encoder, samp
 
 
 @contextmanager
-def _gallery(folder: Path, encoder: Encoder, pictures: ImageSet) -> Iterator[Gallery]:
+def _gallery(folder: Path, encoder: Encoder, repository: Path, pictures: ImageSet) -> Iterator[Gallery]:
     samples = (pictures.gallery or pictures.test or pictures.everything)[:GALLERY_MOST]
     if (folder / "gallery.json").exists() and json.loads((folder / "gallery.json").read_text())[
         "encoder_id"
     ] != encoder.encoder_id:
         shutil.rmtree(folder)  # left by an earlier demo in this folder, with another encoder
     with Gallery.open(folder, encoder, create=True) as gallery:
+        gallery.encoder_spec = str(repository.absolute())  # Triton's address is gone when the demo ends
         added = add_pictures(gallery, samples)
         for picture in added.unreadable[:3]:
             print(f"left out: {picture.reason}", file=sys.stderr)

@@ -68,7 +68,10 @@ def evaluate_reid(encoder: Encoder, source: str) -> dict[str, Any]:
         raise SourceError(f"{source}: no re-ID set; wanted the folders query and bounding_box_test (Market-1501 layout)")
     queries, query_samples, _ = embed_samples(encoder, images.query, "queries")
     gallery, gallery_samples, unreadable = embed_samples(encoder, images.gallery, "gallery")
-    report = evaluate_market(queries, query_samples, gallery, gallery_samples)
+    try:
+        report = evaluate_market(queries, query_samples, gallery, gallery_samples)
+    except ValueError as error:
+        raise SourceError(f"{source}: {error}") from error
     return {
         "rank1": float(report.cmc[0]),
         "rank5": float(report.cmc[min(4, len(report.cmc) - 1)]),

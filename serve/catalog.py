@@ -26,6 +26,7 @@ from serve.filters import TEXT_FIELDS, Where
 from serve.sources import Sample
 
 SCHEMA_VERSION = 1
+_ENCODER_SPEC = "encoder_spec"
 _APPLICATION_ID = 0x51C18  # marks the file as ours in SQLite's header
 _SCHEMA = (
     "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
@@ -95,8 +96,22 @@ class Catalog:
             self._db.close()
             raise
         with self._session() as db:
-            facts = dict(db.execute("SELECT key, value FROM facts"))
+            facts = dict(db.execute("SELECT key, value FROM facts WHERE key <> ?", [_ENCODER_SPEC]))
         self.facts = Facts(**{**facts, "embedding_dim": int(facts["embedding_dim"])})
+
+    @property
+    def encoder_spec(self) -> str | None:
+        """Where the encoder was last opened, a path or address; None if nobody said."""
+        with self._session() as db:
+            found = db.execute("SELECT value FROM facts WHERE key = ?", [_ENCODER_SPEC]).fetchone()
+        return str(found[0]) if found else None
+
+    @encoder_spec.setter
+    def encoder_spec(self, spec: str) -> None:
+        with self._session(write=True) as db:
+            db.execute(
+                "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", [_ENCODER_SPEC, spec]
+            )
 
     def _open(self, create: Facts | None) -> None:
         with self._session() as db:

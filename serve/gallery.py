@@ -89,6 +89,15 @@ class Gallery:
             catalog.close()
             raise
 
+    @property
+    def encoder_spec(self) -> str | None:
+        """Where its encoder was last opened, so that searching need not name it again; None if nobody said."""
+        return self._catalog.encoder_spec
+
+    @encoder_spec.setter
+    def encoder_spec(self, spec: str) -> None:
+        self._catalog.encoder_spec = spec
+
     def add(
         self,
         samples: Sequence[Sample],

@@ -78,7 +78,7 @@ def open_source(source: str | Path) -> ImageSet:
     """List the pictures of a folder, CSV, .zip, .tar (or `archive!/folder`). Raises: SourceError if there are none."""
     text = str(source)
     location, _, inner = text.partition(_MEMBER)
-    path = Path(location)
+    path = Path(location).absolute()  # sources are kept in galleries, which outlive the working folder
     if not path.exists():
         raise SourceError(f"{location}: no such file or folder; --images wants a folder, .csv, .zip or .tar")
     if path.is_dir():
@@ -88,7 +88,7 @@ def open_source(source: str | Path) -> ImageSet:
     elif path.suffix in (".zip", ".tar"):
         prefix = f"{inner.strip('/')}/" if inner else ""
         members = [name.removeprefix(prefix) for name in _archive_members(path) if name.startswith(prefix)]
-        images = _by_layout(members, lambda member: f"{location}{_MEMBER}{prefix}{member}")
+        images = _by_layout(members, lambda member: f"{path}{_MEMBER}{prefix}{member}")
     else:
         raise SourceError(f"{text}: wanted a folder, .csv, .zip or .tar; pack or unpack it as one of these")
     if not images.everything:

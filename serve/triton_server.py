@@ -91,7 +91,7 @@ class TritonServer:
                     os.killpg(process.pid, signal.SIGKILL)  # its Python stubs too, should it have left some
                 process.wait()
             if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
+                _clean_up(self._folder)
 
     def wait(self) -> None:
         """Block while the server runs. Raises: TritonStartError if it ends by itself."""
@@ -121,11 +121,8 @@ class TritonServer:
 
     def _plan(self, folder: Path) -> tuple[list[str], dict[str, str]]:
         """Command and environment: a tritonserver on PATH with its own backends, else the pip runtime with ours."""
-        options = [
-            f"--model-repository={self.repository.resolve()}",
-            "--disable-auto-complete-config",
-            "--exit-timeout-secs=5",
-        ]
+        options = [f"--model-repository={self.repository.resolve()}", "--disable-auto-complete-config"]
+        options += ["--exit-timeout-secs=5", _shared_memory("python", folder)]
         for kind, port in self.ports.items():
             options += [f"--{kind}-address={HOST}", f"--{kind}-port={port}"]
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER]
@@ -135,7 +132,8 @@ class TritonServer:
         runtime = find_runtime(runtime_folder())
         backends = runtime.assemble_backends(folder / "backends")
         launcher[0] = str(runtime.folder / "bin" / "python")
-        return [*launcher, str(runtime.server), f"--backend-directory={backends}", *options], runtime.environment()
+        options += [f"--backend-directory={backends}", _shared_memory("onnxruntime", folder)]
+        return [*launcher, str(runtime.server), *options], runtime.environment()
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -178,6 +176,17 @@ def _require_free(kind: str, port: int) -> None:
             raise TritonStartError(
                 f"port {port} cannot be used ({error.strerror}); choose another with --{kind}-port"
             ) from error
+
+
+def _shared_memory(backend: str, folder: Path) -> str:
+    return f"--backend-config={backend},shm-region-prefix-name={folder.name}-"
+
+
+def _clean_up(folder: Path) -> None:
+    """Our scratch folder, and the shared memory that a server leaves when it is cut short (open HTTP clients suffice)."""
+    for region in Path("/dev/shm").glob(f"{folder.name}-*"):  # noqa: S108  # not temporary files: where Linux keeps it
+        region.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _answers(url: str) -> bool:

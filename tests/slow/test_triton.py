@@ -91,6 +91,10 @@ def processes_of(group):
     return found
 
 
+def shared_memory():
+    return {path.name for path in Path("/dev/shm").glob("*triton*")}  # noqa: S108
+
+
 def no_process_left(group, within_s=10.0):
     deadline = time.monotonic() + within_s
     while processes_of(group) and time.monotonic() < deadline:
@@ -216,7 +220,9 @@ def test_sequential_requests_do_not_stall(server):
         started = time.perf_counter()
         encoder.embed([image])
         times_s.append(time.perf_counter() - started)
-    print(f"p50 {1e3 * np.median(times_s):.2f} ms, p99 {1e3 * np.quantile(times_s, 0.99):.2f} ms, max {1e3 * max(times_s):.1f} ms")
+    print(
+        f"p50 {1e3 * np.median(times_s):.2f} ms, p99 {1e3 * np.quantile(times_s, 0.99):.2f} ms, max {1e3 * max(times_s):.1f} ms"
+    )
     assert np.quantile(times_s, 0.99) < 0.1
 
 
@@ -243,7 +249,7 @@ def test_metrics_are_there(server):
 
 def test_without_a_head_and_a_clean_stop(sources, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    shared_memory = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     write_repository(tmp_path / "repo", **(sources | {"head": None}), target="cpu")
     with TritonServer(tmp_path / "repo", **ANY_PORTS) as server:
         group = server.pid
@@ -254,7 +260,7 @@ def test_without_a_head_and_a_clean_stop(sources, tmp_path, monkeypatch):
         assert processes_of(group)
     assert processes_of(group) == []
     assert not list(tmp_path.glob("simclr-triton-*"))
-    assert {name for name in set(os.listdir("/dev/shm")) - shared_memory if "triton" in name} == set()
+    assert shared_memory() <= before
 
 
 def test_kill_9_is_an_error_in_bounded_time_and_a_new_server_is_found_again(sources, tmp_path):
@@ -272,13 +278,14 @@ def test_kill_9_is_an_error_in_bounded_time_and_a_new_server_is_found_again(sour
             assert time.monotonic() - started < 5
         with pytest.raises(TritonStartError, match=r"ended by itself \(exit status -9\)"):
             server.wait()
-        assert no_process_left(group), "its Python stubs end too"
+    assert no_process_left(group), "its Python stubs end too"
     with TritonServer(tmp_path / "repo", **{f"{kind}_port": port for kind, port in ports.items()}):
         for encoder in encoders:
             assert encoder.embed(pictures(1)).shape == (1, 8)
 
 
 def test_a_frozen_server_costs_one_timeout(sources, tmp_path):
+    before = shared_memory()
     write_repository(tmp_path / "repo", **sources, target="cpu")
     with TritonServer(tmp_path / "repo", **ANY_PORTS) as server:
         encoders = [TritonEncoder(url, timeout_s=1) for url in (server.url, server.http_url)]
@@ -293,6 +300,8 @@ def test_a_frozen_server_costs_one_timeout(sources, tmp_path):
             os.kill(server.pid, signal.SIGCONT)
         for encoder in encoders:
             assert encoder.embed(pictures(1)).shape == (1, 8)
+        assert shared_memory() > before
+    assert shared_memory() <= before, "a client that is still connected makes Triton leave it behind"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -303,7 +312,7 @@ def test_the_server_ends_with_the_program_that_started_it(sources, tmp_path, num
         f"server = TritonServer(Path({str(tmp_path / 'repo')!r}), http_port=0, grpc_port=0, metrics_port=0); "
         "server.start(); print(server.pid); server.wait()"
     )
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         group = int(process.stdout.readline())

@@ -20,7 +20,10 @@ def test_probabilities_are_the_softmax_written_out():
     head = toy_head("abc")
     vectors = np.random.default_rng(0).normal(size=(5, DIM)).astype(np.float32)
     for row, vector in zip(head.probabilities(vectors), vectors, strict=True):
-        powers = [np.exp(sum(w * v for w, v in zip(line, vector, strict=True)) + b) for line, b in zip(head.weight, head.bias, strict=True)]
+        powers = [
+            np.exp(sum(w * v for w, v in zip(line, vector, strict=True)) + b)
+            for line, b in zip(head.weight, head.bias, strict=True)
+        ]
         np.testing.assert_allclose(row, np.array(powers) / sum(powers), rtol=1e-5)
 
 

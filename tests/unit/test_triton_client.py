@@ -121,7 +121,11 @@ def test_a_host_that_does_not_exist():
 
 def test_a_server_that_is_still_starting_is_asked_again(fake_triton, tmp_path):
     url, answers, seen = fake_triton
-    answers["/v2/models/toy_encoder/config"] = [(503, {"error": "not ready"}), (503, {"error": "not ready"}), (200, config(tmp_path))]
+    answers["/v2/models/toy_encoder/config"] = [
+        (503, {"error": "not ready"}),
+        (503, {"error": "not ready"}),
+        (200, config(tmp_path)),
+    ]
     assert TritonEncoder(f"{url}/toy").manifest.name == "toy"
     assert len(seen) == TRIES == 3
 
@@ -162,7 +166,9 @@ def test_the_name_may_be_left_out_only_if_it_is_clear(fake_triton, tmp_path, nam
     assert TritonEncoder(url).manifest.name == "toy"
 
 
-@pytest.mark.parametrize("url", ["grpc://", "grpc:///toy", "http://host:port/toy", "grpc://host:8001/a/b", "http://host/a?b=c", "ftp://h/a"])
+@pytest.mark.parametrize(
+    "url", ["grpc://", "grpc:///toy", "http://host:port/toy", "grpc://host:8001/a/b", "http://host/a?b=c", "ftp://h/a"]
+)
 def test_addresses_that_make_no_sense(url):
     with pytest.raises(ContractError, match="not the address of an encoder"):
         TritonEncoder(url)

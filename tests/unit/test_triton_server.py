@@ -65,7 +65,9 @@ def gone(pid, within_s=5.0):
     return False
 
 
-@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir(), lambda folder: (folder / "cats").mkdir(parents=True)])
+@pytest.mark.parametrize(
+    "make", [lambda folder: None, lambda folder: folder.mkdir(), lambda folder: (folder / "cats").mkdir(parents=True)]
+)
 def test_an_empty_or_foreign_repository(tmp_path, make):
     make(tmp_path / "repo")
     with pytest.raises(TritonStartError, match=r"repo: no Triton models.*simclr export"):
@@ -84,7 +86,9 @@ def test_no_runtime_at_all(repository, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv(runtime.VARIABLE, str(tmp_path / "nowhere"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(TritonStartError, match=r"nowhere: no Triton runtime there.*make triton-runtime.*tritonserver on its PATH"):
+    with pytest.raises(
+        TritonStartError, match=r"nowhere: no Triton runtime there.*make triton-runtime.*tritonserver on its PATH"
+    ):
         TritonServer(repository, **ANY_PORTS).start()
     assert not scratch(tmp_path)
 
@@ -165,7 +169,7 @@ def test_a_server_that_ignores_sigterm_is_killed(repository, fake_tritonserver, 
 def test_a_server_that_never_gets_ready_is_given_up_and_ended(repository, fake_tritonserver, tmp_path, monkeypatch):
     monkeypatch.setattr(triton, "START_TIMEOUT_S", 0.5)
     fake_tritonserver("import time; print('thinking', flush=True); time.sleep(60)")
-    with pytest.raises(TritonStartError, match="not ready after 0.5 s"):
+    with pytest.raises(TritonStartError, match=r"not ready after 0\.5 s"):
         TritonServer(repository, **ANY_PORTS).start()
     assert not scratch(tmp_path)
 
@@ -176,8 +180,11 @@ def test_a_server_that_never_gets_ready_is_given_up_and_ended(repository, fake_t
         ("", "did not start: it wrote nothing"),
         ("I a\nerror: something new", "did not start: I a / error: something new"),
         ("group x of model x has kind KIND_GPU but no GPUs are available", "export again with --target cpu"),
-        ('E x] "failed to load \'toy_head\' version 1: Internal: bad\\nAt: y"', r"model toy_head does not load \(Internal: bad\)"),
-        ('E x] "Poll failed for model directory \'cats\': no config"', r"folder cats is not a model \(no config\)"),
+        (
+            "E x] \"failed to load 'toy_head' version 1: Internal: bad\\nAt: y\"",
+            r"model toy_head does not load \(Internal: bad\)",
+        ),
+        ("E x] \"Poll failed for model directory 'cats': no config\"", r"folder cats is not a model \(no config\)"),
     ],
 )
 def test_the_servers_reason_is_quoted_in_one_line(repository, fake_tritonserver, log, reason):
@@ -189,7 +196,10 @@ def test_the_servers_reason_is_quoted_in_one_line(repository, fake_tritonserver,
 
 def test_a_server_that_ends_by_itself_is_noticed(repository, fake_tritonserver):
     fake_tritonserver(SERVES.format(extra="import os, threading; threading.Timer(1, lambda: os._exit(7)).start()"))
-    with TritonServer(repository, **ANY_PORTS) as server, pytest.raises(TritonStartError, match=r"ended by itself \(exit status 7\)"):
+    with (
+        TritonServer(repository, **ANY_PORTS) as server,
+        pytest.raises(TritonStartError, match=r"ended by itself \(exit status 7\)"),
+    ):
         server.wait()
 
 
@@ -200,7 +210,7 @@ def test_the_server_does_not_outlive_us(repository, fake_tritonserver, tmp_path,
         "from pathlib import Path; from serve.triton_server import *; "
         f"serve(TritonServer(Path({str(repository)!r}), http_port=0, grpc_port=0, metrics_port=0))"
     )
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert "Triton serves" in process.stdout.readline()

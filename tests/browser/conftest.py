@@ -1,0 +1,114 @@
+"""A small gallery of generated people, an encoder that needs no training, the app on a free port, and Chromium."""
+
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from app import build_app, serve_app
+from serve.classify import Head
+from serve.contract import Manifest, Preprocess, TensorSpec
+from serve.encoder import Picture, prepare_batch
+from serve.gallery import Gallery
+from serve.sources import Sample, open_source
+from train.demo_data import DemoSet, draw_demo_set
+
+CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM_OPTIONS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+GRID_H, GRID_W, DIM = 8, 4, 32
+
+
+class GridEncoder:
+    """Mean colours of an 8 x 4 grid, projected at random: deterministic, and people in the same clothes are near."""
+
+    def __init__(self) -> None:
+        self.manifest = Manifest.create(
+            name="grid",
+            embedding_dim=DIM,
+            input=TensorSpec(name="image", shape=(32, 16, 3), dtype="uint8"),
+            output=TensorSpec(name="embedding", shape=(DIM,), dtype="float32"),
+            preprocess=Preprocess(height_px=32, width_px=16, resize="stretch", crop=1.0, resample="bicubic"),
+            metric="cosine",
+            precision="fp32",
+            weights_sha256="0" * 64,
+            parity=None,
+            training={},
+        )
+        self._projection = np.random.default_rng(0).standard_normal((GRID_H * GRID_W * 3, DIM)).astype(np.float32)
+
+    @property
+    def encoder_id(self) -> str:
+        return self.manifest.encoder_id
+
+    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+        pixels = prepare_batch(images, self.manifest.preprocess).astype(np.float32)
+        grid = pixels.reshape(len(pixels), GRID_H, 4, GRID_W, 4, 3).mean(axis=(2, 4)).reshape(len(pixels), -1)
+        vectors = (grid - grid.mean(axis=1, keepdims=True) + 0.1) @ self._projection
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the tests need to know of the running app."""
+
+    url: str
+    gallery: Gallery
+    images: Path
+    probe: Sample
+
+
+def random_head(encoder_id: str) -> Head:
+    weight = np.random.default_rng(1).standard_normal((6, DIM)).astype(np.float32)
+    classes = ("red coat", "blue coat", "backpack", "handbag", "umbrella", "skirt")
+    report = {"held_back_accuracy": 0.873}
+    return Head(weight=2 * weight, bias=np.zeros(6, np.float32), classes=classes, encoder_id=encoder_id, report=report)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("app")
+    spec = DemoSet(train_identities=1, test_identities=8, train_images=1, gallery_images=2, distractors=4, junk=2)
+    images = open_source(draw_demo_set(folder / "demo", spec, progress=False))
+    encoder = GridEncoder()
+    with Gallery.open(folder / "people", encoder, create=True) as gallery, pytest.MonkeyPatch.context() as environment:
+        gallery.add(images.gallery)
+        environment.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
+        blocks = build_app(gallery, encoder, head=random_head(encoder.encoder_id), encoder_spec="model_repository")
+        url = serve_app(blocks, port=free_port(), wait=False)
+        yield Served(url, gallery, folder / "demo", images.query[0])
+        blocks.close(verbose=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM.is_file():
+        pytest.skip(f"no Chromium at {CHROMIUM}")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Browser, served: Served) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    page.goto(served.url)
+    page.get_by_role("tab", name="Search").wait_for()
+    yield page
+    context.close()
