@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import logging
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,9 @@ from typing import Any, TypeAlias
 
 import gradio as gr
 import numpy as np
+from gradio.components import Component
+from gradio.data_classes import ImageData
+from gradio.events import Dependency
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -44,20 +46,10 @@ REID_RULE = (
     "unknown. As usual in re-ID, pictures of the probe's identity taken by the probe's own camera are left out, and so is junk."
 )
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-log = logging.getLogger(__name__)
 
 Query: TypeAlias = int | str | None
 """What is searched with: an item of the gallery, an uploaded file, or nothing yet."""
-
-
-class PictureInput(gr.Image):  # type: ignore[misc]
-    """gr.Image that hands over the uploaded file untouched: serve.preprocess decodes it, or says what is wrong with it."""
-
-    is_template = True  # tells Gradio to draw it as its parent
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of the upload."""
-        return None if payload is None else payload.path
+Widgets: TypeAlias = Component | Sequence[Component] | None
 
 
 @dataclass(frozen=True)
@@ -157,9 +149,8 @@ def _where(expression: str | None, chosen: Iterable[Sequence[str]]) -> Where:
 
 
 def _text(value: object) -> str:
-    """User data as HTML text; braces and $ too, because Gradio runs HTML values through a template."""
-    escaped = html.escape(str(value))
-    return "".join(f"&#{ord(sign)};" if sign in "{}$`\\" else sign for sign in escaped)
+    """User data as HTML text."""
+    return html.escape(str(value))
 
 
 def _message(text: str, kind: str = "hint") -> str:
@@ -201,7 +192,9 @@ def _card(place: int, item: Item, picture: str) -> str:
             None: ("open", "?", "identity unknown"),
         }[item.match]
         mark = f'<span class="sc-mark sc-{kind}" title="{words}" role="img" aria-label="{words}">{sign}</span>'
-    score = f'<span class="sc-rank">{place}</span><span class="sc-score">{item.score:.3f}</span>' if isinstance(item, Hit) else ""
+    score = (
+        f'<span class="sc-rank">{place}</span><span class="sc-score">{item.score:.3f}</span>' if isinstance(item, Hit) else ""
+    )
     facts = {"": item.label, "id ": item.identity, "camera ": item.camera}
     lines = "".join(f"<span>{_text(word + value)}</span>" for word, value in facts.items() if value is not None)
     return (
@@ -240,11 +233,12 @@ def _shrunk(encoded: bytes) -> Image.Image:
 def build_app(
     gallery: Gallery, encoder: Encoder, *, head: Head | None, encoder_spec: str, notice: str | None = None
 ) -> gr.Blocks:
-    """The app over one gallery; `notice` is a sentence for its top. Raises: EncoderMismatch if the head is another encoder's."""
+    """The app over one gallery; `notice` is a sentence for its top. Raises: EncoderMismatch if the head does not fit."""
     if head is not None:
         head.require(encoder.encoder_id)
     desk = Desk(gallery, encoder, head)
-    with gr.Blocks(title="simclr-serve", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+    blocks = gr.Blocks(title="simclr-serve", analytics_enabled=False, delete_cache=(3600, 86400))
+    with blocks:
         gr.HTML(lambda: _header(gallery, encoder, encoder_spec))  # a function: counted anew at each visit
         if notice:
             gr.HTML(_message(_text(notice), "notice"))
@@ -256,7 +250,8 @@ def build_app(
         if head is not None:
             with gr.Tab("Classify"):
                 _classify_tab(desk, head)
-    return blocks.queue(default_concurrency_limit=4)
+    blocks.queue(default_concurrency_limit=4)
+    return blocks
 
 
 def _header(gallery: Gallery, encoder: Encoder, spec: str) -> str:
@@ -265,7 +260,7 @@ def _header(gallery: Gallery, encoder: Encoder, spec: str) -> str:
     facts = {
         "encoder": f"{manifest.name} · {encoder.encoder_id}",
         "runs": where,
-        "input": f"{manifest.preprocess.width_px} × {manifest.preprocess.height_px} px",
+        "input": f"{manifest.preprocess.width_px} x {manifest.preprocess.height_px} px",
         "vectors": f"{manifest.embedding_dim}-d",
         "gallery": f"{gallery.folder.name} · {len(gallery):,} pictures",
     }
@@ -326,10 +321,13 @@ def _classify_tab(desk: Desk, head: Head) -> None:
 def _query_widgets(desk: Desk, label: str, examples: Sequence[Item]) -> gr.State:
     """Upload, paste and examples; returns the state that holds the query."""
     query = gr.State(None)
-    picture = PictureInput(
+    picture = gr.Image(
         label=label, type="filepath", sources=["upload", "clipboard"], height=230, buttons=[], elem_classes="sc-query",
         placeholder="Drop or paste a picture\nor click to choose one",
     )  # fmt: skip
+    # Gradio would decode the upload here, and crash on a broken one: serve.preprocess shall, or say what is wrong. Replaced on
+    # the object because Gradio writes a .pyi file next to every module that subclasses a component.
+    picture.preprocess = _upload_path  # type: ignore[method-assign]
     if examples:
         strip = "".join(_cards(examples))
         _pickable(f'<p class="sc-rule">or start with one of these</p><div class="sc-strip">{strip}</div>', query)
@@ -337,6 +335,10 @@ def _query_widgets(desk: Desk, label: str, examples: Sequence[Item]) -> gr.State
     _listen([picture.clear], lambda: None, None, query)
     _listen([query.change], desk.preview, query, picture)
     return query
+
+
+def _upload_path(payload: ImageData | None) -> str | None:
+    return None if payload is None else payload.path
 
 
 def _pickable(value: str, query: gr.State) -> gr.HTML:
@@ -350,15 +352,18 @@ def _picked(event: gr.EventData) -> int:
     return int(event.id)
 
 
-def _listen(triggers: Sequence[Any], callback: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
-    return gr.on(triggers, callback, inputs, outputs, **QUIET)
+def _listen(triggers: Sequence[Any], callback: Callable[..., Any], inputs: Widgets, outputs: Widgets) -> Dependency:
+    listener: Dependency = gr.on(triggers, callback, inputs, outputs, **QUIET)
+    return listener
 
 
 def _count_slider() -> gr.Slider:
     return gr.Slider(1, MAX_HITS, value=12, step=1, label="How many results")
 
 
-def _choices(desk: Desk, field: str, *, label: str | None = None, multiselect: bool = False, min_width: int = 160) -> gr.Dropdown:
+def _choices(
+    desk: Desk, field: str, *, label: str | None = None, multiselect: bool = False, min_width: int = 160
+) -> gr.Dropdown:
     """A drop-down of the values that the gallery has; hidden where it has none. Others can be typed."""
     values = desk.gallery.distinct(field)
     return gr.Dropdown(
@@ -369,15 +374,18 @@ def _choices(desk: Desk, field: str, *, label: str | None = None, multiselect: b
 
 def serve_app(blocks: gr.Blocks, *, host: str = "127.0.0.1", port: int = 7860, wait: bool = True) -> str:
     """Serve the app at the URL returned; with `wait`, until Ctrl-C. Raises: SimclrError if the port is busy."""
-    _require_free(host, port)
-    blocks.launch(
-        server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inline=False, share=False,
-        ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False, footer_links=[],
-        max_file_size="100mb", theme=_theme(), css=CSS, js=UPLOAD_JS,
-    )  # fmt: skip
     url = f"http://{host}:{port}/"
+    _require_free(host, port)
+    try:
+        blocks.launch(
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inline=False, share=False,
+            ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False, footer_links=[],
+            max_file_size="100mb", theme=_theme(), css=CSS, js=UPLOAD_JS,
+        )  # fmt: skip
+    except Exception as error:  # Gradio asks its own page at the start, which proxy settings break in a dozen ways
+        raise SimclrError(f"{url}: the app cannot reach itself ({error}); behind a proxy, set NO_PROXY={host}") from error
     if wait:
-        log.info("the app is at %s; Ctrl-C ends it", url)
+        print(f"simclr-serve is at {url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
     return url
 
@@ -396,9 +404,7 @@ def _theme() -> gr.themes.Base:
     system = [gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")]
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "Menlo", "Consolas", "monospace")]
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=system, font_mono=mono, radius_size="lg")
-    return theme.set(  # darker than Gradio's, so that small and grey text can be read
-        color_accent="*primary_700", body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400"
-    )
+    return theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
 
 
 PICK_JS = """element.addEventListener('click', event => {
@@ -428,6 +434,7 @@ UPLOAD_JS = """() => {
   }, true);
 }"""
 CSS = """
+:root { --color-accent: var(--primary-700); } :root .dark { --color-accent: var(--primary-400); }
 .html-container { padding: 0 !important; }
 .sc-title { font-size: 1.5rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 .sc-chips, .sc-facts { display: flex; flex-wrap: wrap; gap: 6px; }
@@ -440,7 +447,7 @@ CSS = """
 .sc-problem, .sc-notice { padding: 10px 14px; border-radius: 8px; border-left: 4px solid #d97706;
   background: color-mix(in srgb, #d97706 12%, transparent); }
 .sc-query img { width: 100%; height: 100%; padding-top: 30px; object-fit: contain; }
-.sc-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 12px; }
+.sc-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 12px; }
 .sc-strip { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; margin-top: 6px; }
 .sc-card { display: flex; flex-direction: column; min-width: 0; padding: 0; overflow: hidden; text-align: left; cursor: pointer;
   color: var(--body-text-color); background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
@@ -465,5 +472,6 @@ CSS = """
 .sc-card:has(.sc-open) { border-color: #64748b; }
 @media (max-width: 640px) { .sc-grid { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 8px; }
   .sc-picture { height: 140px; } .sc-chips span { font-size: 0.75rem; padding: 1px 8px; }
-  .sc-strip { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: 64px; overflow-x: auto; padding-bottom: 4px; } }
+  .sc-strip { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: 64px;
+    overflow-x: auto; padding-bottom: 4px; } }
 """

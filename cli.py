@@ -143,15 +143,9 @@ class Triton:
     """Port of the Prometheus metrics."""
 
     def __call__(self) -> None:
-        from serve.signals import stopped_by_sigterm
-        from serve.triton_server import TritonServer
+        from serve.triton_server import TritonServer, serve
 
-        server = TritonServer(
-            self.repository, http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port
-        )
-        with stopped_by_sigterm(), server:
-            print(f"ready: {server.url} · http://127.0.0.1:{self.http_port} · Ctrl-C stops it", flush=True)
-            server.wait()
+        serve(TritonServer(self.repository, http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from serve.errors import SimclrError, TritonStartError
+from serve.signals import stopped_by_sigterm
 from serve.triton_runtime import find_runtime, install_runtime, runtime_folder
 
 START_TIMEOUT_S = 300.0
@@ -154,9 +155,8 @@ def free_port() -> int:
 
 def serve(server: TritonServer) -> None:
     """`simclr triton`: run until Ctrl-C or SIGTERM. Raises: TritonStartError."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), server:
-        print(f"Triton serves {server.repository} on {server.url} and {server.http_url}; Ctrl-C stops it")
+    with suppress(KeyboardInterrupt), stopped_by_sigterm(), server:
+        print(f"Triton serves {server.repository} on {server.url} and {server.http_url}; Ctrl-C stops it", flush=True)
         server.wait()
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MIN_AREA = 0.08
 ASPECT_RANGE = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 100
 JITTER_PROBABILITY, GREY_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.2, 0.5
@@ -24,14 +23,23 @@ class SimCLRAugment:
     """One random view of every image of a batch.
 
     `strength` is the paper's s: 1.0 for ImageNet, 0.5 for CIFAR. `version` 2 multiplies the brightness, 1 adds to it.
+    `crop_area` is the smallest share of the picture that a view shows.
     Paper: section 3 and appendix A.
     """
 
-    def __init__(self, size_px: int | tuple[int, int], strength: float = 1.0, blur: bool = True, version: int = 2) -> None:
+    def __init__(
+        self,
+        size_px: int | tuple[int, int],
+        strength: float = 1.0,
+        blur: bool = True,
+        version: int = 2,
+        *,
+        crop_area: float = 0.08,
+    ) -> None:
         if version not in (1, 2):
             raise ValueError(f"version is {version}, wanted 1 or 2 (SimCLR v1 or v2 brightness)")
         self.height_px, self.width_px = (size_px, size_px) if isinstance(size_px, int) else size_px
-        self.strength, self.blur, self.version = strength, blur, version
+        self.strength, self.blur, self.version, self.crop_area = strength, blur, version, crop_area
 
     def __call__(self, images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
         """Views float32 (B, 3, height_px, width_px) in [0, 1] of uint8 (B, 3, H, W); `generator` lives on the same device."""
@@ -44,7 +52,8 @@ class SimCLRAugment:
 
     def _crop_and_flip(self, images: Tensor, generator: torch.Generator) -> Tensor:
         height, width = images.shape[-2:]
-        top, left, crop_height, crop_width = random_boxes(len(images), height, width, self.width_px / self.height_px, generator)
+        aspect = self.width_px / self.height_px
+        top, left, crop_height, crop_width = random_boxes(len(images), height, width, aspect, self.crop_area, generator)
         rows_BOI = resize_matrix(top, crop_height, self.height_px, height)
         columns_BOI = resize_matrix(left, crop_width, self.width_px, width)
         flipped = torch.rand(len(images), generator=generator, device=images.device) < 0.5
@@ -90,14 +99,14 @@ class SimCLRAugment:
 
 
 def random_boxes(
-    count: int, height: int, width: int, target_aspect: float, generator: torch.Generator
+    count: int, height: int, width: int, target_aspect: float, crop_area: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, left, height, width (each (B,), pixels) of crops: area U(0.08, 1), aspect U(3/4, 4/3) x the target's.
+    """Top, left, height, width (each (B,), pixels) of crops: area U(crop_area, 1), aspect U(3/4, 4/3) x the target's.
 
     The first of 100 tries that fits inside the image counts, else the whole image (`sample_distorted_bounding_box`).
     """
     device = generator.device
-    area = height * width * _uniform((count, CROP_ATTEMPTS), MIN_AREA, 1, generator, device)
+    area = height * width * _uniform((count, CROP_ATTEMPTS), crop_area, 1, generator, device)
     aspect = target_aspect * _uniform((count, CROP_ATTEMPTS), *ASPECT_RANGE, generator, device)
     heights, widths = (area / aspect).sqrt(), (area * aspect).sqrt()
     fits = (heights <= height) & (widths <= width)

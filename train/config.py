@@ -34,6 +34,8 @@ class PretrainConfig:
     """Passes over the pictures."""
     temperature: float = 0.2
     """Of NT-Xent. Lower for long training with large batches."""
+    crop_area: float | None = None
+    """Smallest share of the picture that a view shows. Default: 0.08 (paper), 0.4 where pictures are stretched (re-ID)."""
     strength: float | None = None
     """Strength of the colour jitter. Default: 0.5 at 32 px (paper, B.9), else 1.0."""
     learning_rate: float | None = None

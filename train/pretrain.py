@@ -46,6 +46,7 @@ class Plan:
 
     preprocess: Preprocess
     stem: Stem
+    crop_area: float
     strength: float
     blur: bool
     peak_lr: float
@@ -86,6 +87,7 @@ def make_plan(config: PretrainConfig, images: ImageSet) -> Plan:
     return Plan(
         preprocess=preprocess,
         stem=config.stem or ("small" if short <= 64 else "imagenet"),
+        crop_area=config.crop_area if config.crop_area is not None else (0.4 if preprocess.resize == "stretch" else 0.08),
         strength=config.strength if config.strength is not None else (0.5 if short <= 32 else 1.0),
         blur=short > 32,
         peak_lr=config.learning_rate if config.learning_rate is not None else default_lr,
@@ -110,7 +112,8 @@ class Trainer:
         self.model = SimCLR(encoder, ProjectionHead(encoder.feature_dim)).to(self.device)
         self.model.to(memory_format=torch.channels_last)
         self.optimizer = LARS(parameter_groups(self.model), lr=0.0)
-        self.augment = SimCLRAugment((plan.preprocess.height_px, plan.preprocess.width_px), plan.strength, plan.blur)
+        frame = plan.preprocess.height_px, plan.preprocess.width_px
+        self.augment = SimCLRAugment(frame, plan.strength, plan.blur, crop_area=plan.crop_area)
         self.knn = OnlineKnn.from_samples(images, plan.preprocess)
         self.step = 0
 
@@ -217,8 +220,8 @@ class Trainer:
         precision = "bfloat16" if bfloat16_is_fast(self.device) else "float32"
         print(
             f"{len(self.pixels)} pictures{left_out} · {config.arch} x{config.width:g}, {plan.stem} stem, {frame} px, "
-            f"jitter {plan.strength:g}, {'blur' if plan.blur else 'no blur'} · {plan.total_steps} steps of "
-            f"{config.batch_size}, LARS, peak lr {plan.peak_lr:.3g} · {self.device.type}, {precision}",
+            f"crops from {plan.crop_area:.0%}, jitter {plan.strength:g}, {'blur' if plan.blur else 'no blur'} · "
+            f"{plan.total_steps} steps of {config.batch_size}, LARS, peak lr {plan.peak_lr:.3g} · {self.device.type}, {precision}",
             file=sys.stderr,
         )
         for picture in self.pixels.unreadable[:3]:

@@ -23,11 +23,12 @@ CHROMIUM_OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-GRID_H, GRID_W, DIM = 8, 4, 32
+HOSTILE = """<img src=x onerror="window.hacked=1">{{#each}}${window.hacked=1}"""
+GRID_H, GRID_W, DIM = 8, 4, 48
 
 
 class GridEncoder:
-    """Mean colours of an 8 x 4 grid, projected at random: deterministic, and people in the same clothes are near."""
+    """Mean colours of a grid's middle, projected at random: deterministic, and people in the same clothes are near."""
 
     def __init__(self) -> None:
         self.manifest = Manifest.create(
@@ -42,7 +43,7 @@ class GridEncoder:
             parity=None,
             training={},
         )
-        self._projection = np.random.default_rng(0).standard_normal((GRID_H * GRID_W * 3, DIM)).astype(np.float32)
+        self._projection = np.random.default_rng(0).standard_normal(((GRID_H - 1) * 2 * 3, DIM)).astype(np.float32)
 
     @property
     def encoder_id(self) -> str:
@@ -50,8 +51,9 @@ class GridEncoder:
 
     def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
         pixels = prepare_batch(images, self.manifest.preprocess).astype(np.float32)
-        grid = pixels.reshape(len(pixels), GRID_H, 4, GRID_W, 4, 3).mean(axis=(2, 4)).reshape(len(pixels), -1)
-        vectors = (grid - grid.mean(axis=1, keepdims=True) + 0.1) @ self._projection
+        grid = pixels.reshape(len(pixels), GRID_H, 4, GRID_W, 4, 3).mean(axis=(2, 4))
+        clothes = grid[:, 1:, 1:3] - grid.mean(axis=(1, 2), keepdims=True)  # without the camera's tint and most of the street
+        vectors = (clothes.reshape(len(pixels), -1) + 0.1) @ self._projection
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -63,6 +65,13 @@ class Served:
     gallery: Gallery
     images: Path
     probe: Sample
+
+
+def hostile_sample(like: Sample, folder: Path) -> Sample:
+    """A picture whose name and label try to become code in the page, or to break Gradio's template."""
+    copy = folder / "hostile {{#each}} ${1+1} <i>.jpg"
+    copy.write_bytes(Path(like.source).read_bytes())
+    return Sample(str(copy), label=HOSTILE)
 
 
 def random_head(encoder_id: str) -> Head:
@@ -80,6 +89,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     encoder = GridEncoder()
     with Gallery.open(folder / "people", encoder, create=True) as gallery, pytest.MonkeyPatch.context() as environment:
         gallery.add(images.gallery)
+        gallery.add([hostile_sample(images.gallery[0], folder)])
         environment.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
         blocks = build_app(gallery, encoder, head=random_head(encoder.encoder_id), encoder_spec="model_repository")
         url = serve_app(blocks, port=free_port(), wait=False)

@@ -16,7 +16,12 @@ def main(url: str, folder: Path, scheme: str = "light") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM_OPTIONS)
-        shots = {"search": ("Search", LAPTOP), "reid": ("Re-ID", LAPTOP), "classify": ("Classify", LAPTOP), "phone": ("Re-ID", PHONE)}
+        shots = {
+            "search": ("Search", LAPTOP),
+            "reid": ("Re-ID", LAPTOP),
+            "classify": ("Classify", LAPTOP),
+            "phone": ("Re-ID", PHONE),
+        }
         for name, (tab, size) in shots.items():
             page = open_tab(browser, url, tab, size, scheme)
             if page is not None:
@@ -28,7 +33,7 @@ def main(url: str, folder: Path, scheme: str = "light") -> None:
 def open_tab(browser: Browser, url: str, tab: str, size: tuple[int, int], scheme: str) -> Page | None:
     """The tab with the answer for its second example; None if the app has no such tab."""
     width, height = size
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, device_scale_factor=1.5)
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     page = context.new_page()
     page.set_default_timeout(20_000)
     page.goto(url)
