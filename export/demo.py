@@ -42,6 +42,8 @@ from train.torch_encoder import ColourHistogram, TorchEncoder, open_run, untrain
 
 NAME = "simclr"
 MOST_EPOCHS = 200
+LONG_MINUTES = 8
+"""From here on a CPU gets further with the wider network."""
 GALLERY_MOST = 20_000
 PARITY_PICTURES, TRANSPORT_PICTURES, SEARCHES = 32, 64, 100
 STEPS = 7
@@ -147,7 +149,7 @@ def _fitting_config(source: str, pictures: ImageSet, run: Path, minutes: float) 
     config = PretrainConfig(
         images=source,
         run=run,
-        width=1 if on_gpu else 0.5,
+        width=1 if on_gpu else (0.5 if minutes >= LONG_MINUTES else 0.25),
         stem=None if on_gpu else "small-s2",
         image_size=size,
         batch_size=max(2, min(256, len(pictures.train))),

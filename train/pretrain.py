@@ -140,7 +140,7 @@ class Trainer:
         self._save(facts)
         save_encoder(run, self.model.encoder, self.plan.preprocess, facts | {"steps": self.step})
         if stopped:
-            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.plan.total_steps}; saved; go on with --resume")
+            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.plan.total_steps}; saved: repeat the command to go on (simclr pretrain: with --resume)")
         return run
 
     def _one_step(self) -> dict[str, float]:

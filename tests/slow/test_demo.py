@@ -21,7 +21,8 @@ def mixed(tmp_path_factory):
     """Unlabelled pictures of mixed sizes, modes and formats in one folder, two of them broken."""
     folder = tmp_path_factory.mktemp("mixed")
     rng = np.random.default_rng(0)
-    for number, (suffix, mode) in enumerate([("jpg", "RGB"), ("png", "RGBA"), ("png", "L"), ("gif", "P"), ("bmp", "RGB"), ("jpg", "CMYK")] * 8):
+    kinds = [("jpg", "RGB"), ("png", "RGBA"), ("png", "L"), ("gif", "P"), ("bmp", "RGB"), ("jpg", "CMYK")]
+    for number, (suffix, mode) in enumerate(kinds * 8):
         height, width = rng.integers(20, 200, 2)
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         coarse.resize((int(width), int(height))).convert(mode).save(folder / f"{number:03}.{suffix}")
