@@ -308,9 +308,8 @@ def _summarise(report: dict[str, Any], out: Path) -> None:
         print(f"{contender.replace('_', ' '):18}" + "".join(f"{figures[name]:>16.1%}" for name in names))
     if "head" in report:
         head = report["head"]
-        print(
-            f"\nlinear head: {head.get('test_accuracy', head['held_back_accuracy']):.1%} of {len(head['classes'])} classes right"
-        )
+        right = head.get("test_accuracy", head["held_back_accuracy"])
+        print(f"\nlinear head: {right:.1%} right, {len(head['classes'])} classes")
     search = report["search"]
     print(f"gallery: {search['gallery']} pictures, a search takes {search['p50_ms']} ms")
     print(f"{out / 'demo.json'} has every figure; {report['minutes_in_all']} min in all")

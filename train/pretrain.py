@@ -140,7 +140,8 @@ class Trainer:
         self._save(facts)
         save_encoder(run, self.model.encoder, self.plan.preprocess, facts | {"steps": self.step})
         if stopped:
-            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.plan.total_steps}; saved: repeat the command to go on (simclr pretrain: with --resume)")
+            done = f"stopped after step {self.step} of {self.plan.total_steps}, saved"
+            raise KeyboardInterrupt(f"{done}; repeat the command to go on (simclr pretrain: with --resume)")
         return run
 
     def _one_step(self) -> dict[str, float]:
@@ -217,11 +218,12 @@ class Trainer:
         plan, config = self.plan, self.config
         frame = f"{plan.preprocess.height_px}x{plan.preprocess.width_px}"
         left_out = f", {len(self.pixels.unreadable)} unreadable left out" if self.pixels.unreadable else ""
+        blur = "blur" if plan.blur else "no blur"
         precision = "bfloat16" if bfloat16_is_fast(self.device) else "float32"
         print(
             f"{len(self.pixels)} pictures{left_out} · {config.arch} x{config.width:g}, {plan.stem} stem, {frame} px, "
-            f"crops from {plan.crop_area:.0%}, jitter {plan.strength:g}, {'blur' if plan.blur else 'no blur'} · "
-            f"{plan.total_steps} steps of {config.batch_size}, LARS, peak lr {plan.peak_lr:.3g} · {self.device.type}, {precision}",
+            f"crops from {plan.crop_area:.0%}, jitter {plan.strength:g}, {blur} · {plan.total_steps} steps of "
+            f"{config.batch_size}, LARS, peak lr {plan.peak_lr:.3g} · {self.device.type}, {precision}",
             file=sys.stderr,
         )
         for picture in self.pixels.unreadable[:3]:
