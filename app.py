@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,6 +46,10 @@ REID_RULE = (
     "<b>✓ green</b> same identity, <b>✗ red</b> another one, <b>? grey</b> the identity of the probe or of the picture is "
     "unknown. As usual in re-ID, pictures of the probe's identity taken by the probe's own camera are left out, and so is junk."
 )
+PICK_JS = """element.addEventListener('click', event => {
+  const card = event.target.closest('[data-id]');
+  if (card) trigger('click', {id: Number(card.dataset.id)});
+})"""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 Query: TypeAlias = int | str | None
@@ -312,10 +317,16 @@ def _classify_tab(desk: Desk, head: Head) -> None:
         with gr.Column(scale=3, min_width=300):
             message = gr.HTML(_message("Give a picture, or click an example."))
             answer = gr.Label(label="Most likely classes", num_top_classes=TOP_CLASSES)
-            if (accuracy := head.report.get("held_back_accuracy")) is not None:
-                text = f"Of the labelled pictures held back while this head was fitted, it named {accuracy:.1%} correctly."
-                gr.HTML(f'<p class="sc-rule">{text}</p>')
+            gr.HTML(f'<p class="sc-rule">{_accuracy(head)}</p>')
     _listen([query.change], desk.classify, query, [answer, message])
+
+
+def _accuracy(head: Head) -> str:
+    """How good the head was where that was measured: on a test set, else on what was held back from the fit."""
+    for name, pictures in (("test_accuracy", "of its test set"), ("held_back_accuracy", "held back while it was fitted")):
+        if (accuracy := head.report.get(name)) is not None:
+            return f"Of the labelled pictures {pictures}, this head named {accuracy:.1%} correctly."
+    return ""
 
 
 def _query_widgets(desk: Desk, label: str, examples: Sequence[Item]) -> gr.State:
@@ -380,7 +391,7 @@ def serve_app(blocks: gr.Blocks, *, host: str = "127.0.0.1", port: int = 7860, w
         blocks.launch(
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inline=False, share=False,
             ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False, footer_links=[],
-            max_file_size="100mb", theme=_theme(), css=CSS, js=UPLOAD_JS,
+            max_file_size="100mb", theme=_theme(), css=_page("style.css"), js=_page("upload.js"),
         )  # fmt: skip
     except Exception as error:  # Gradio asks its own page at the start, which proxy settings break in a dozen ways
         raise SimclrError(f"{url}: the app cannot reach itself ({error}); behind a proxy, set NO_PROXY={host}") from error
@@ -388,6 +399,10 @@ def serve_app(blocks: gr.Blocks, *, host: str = "127.0.0.1", port: int = 7860, w
         print(f"simclr-serve is at {url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
     return url
+
+
+def _page(name: str) -> str:
+    return files("serve").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _require_free(host: str, port: int) -> None:
@@ -405,73 +420,3 @@ def _theme() -> gr.themes.Base:
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "Menlo", "Consolas", "monospace")]
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=system, font_mono=mono, radius_size="lg")
     return theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
-
-
-PICK_JS = """element.addEventListener('click', event => {
-  const card = event.target.closest('[data-id]');
-  if (card) trigger('click', {id: Number(card.dataset.id)});
-})"""
-# Gradio has a paste button but no Ctrl+V, and silently drops files whose type the browser does not know to be an image
-# (.tif, .ppm, a broken one): both are handed to the picture of the open tab as images, so that the server can judge them.
-UPLOAD_JS = """() => {
-  const give = (file, target) => {
-    const dataTransfer = new DataTransfer();
-    dataTransfer.items.add(new File([file], file.name, {type: file.type.startsWith('image/') ? file.type : 'image/x-any'}));
-    target.dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true, cancelable: true}));
-  };
-  document.addEventListener('paste', event => {
-    const file = event.clipboardData?.files?.[0];
-    const target = [...document.querySelectorAll('.sc-query .upload-container')].find(element => element.offsetParent);
-    if (file && target) give(file, target);
-  });
-  for (const kind of ['drop', 'change']) document.addEventListener(kind, event => {
-    const file = (event.dataTransfer ?? event.target).files?.[0];
-    const target = event.target.closest?.('.sc-query .upload-container');
-    if (!file || !target || file.type.startsWith('image/')) return;
-    event.preventDefault();
-    event.stopPropagation();
-    give(file, target);
-  }, true);
-}"""
-CSS = """
-:root { --color-accent: var(--primary-700); } :root .dark { --color-accent: var(--primary-400); }
-.html-container { padding: 0 !important; }
-.sc-title { font-size: 1.5rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
-.sc-chips, .sc-facts { display: flex; flex-wrap: wrap; gap: 6px; }
-.sc-chips { margin-top: 8px; }
-.sc-chips span { padding: 2px 10px; border-radius: 99px; background: var(--background-fill-secondary);
-  border: 1px solid var(--border-color-primary); font-size: 0.8rem; overflow-wrap: anywhere; }
-.sc-chips i, .sc-rule { color: var(--body-text-color-subdued); font-style: normal; }
-.sc-rule { font-size: 0.85rem; line-height: 1.5; margin: 0; }
-.sc-hint, .sc-problem, .sc-notice { margin: 0 0 10px; line-height: 1.5; overflow-wrap: anywhere; }
-.sc-problem, .sc-notice { padding: 10px 14px; border-radius: 8px; border-left: 4px solid #d97706;
-  background: color-mix(in srgb, #d97706 12%, transparent); }
-.sc-query img { width: 100%; height: 100%; padding-top: 30px; object-fit: contain; }
-.sc-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 12px; }
-.sc-strip { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; margin-top: 6px; }
-.sc-card { display: flex; flex-direction: column; min-width: 0; padding: 0; overflow: hidden; text-align: left; cursor: pointer;
-  color: var(--body-text-color); background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
-  border-radius: 10px; transition: transform 0.1s, box-shadow 0.1s; }
-.sc-card:hover { transform: translateY(-2px); box-shadow: 0 4px 14px #0002; }
-.sc-card:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 1px; }
-.sc-picture { position: relative; height: 168px; background: var(--background-fill-secondary); }
-.sc-strip .sc-picture { height: 84px; }
-.sc-picture img { width: 100%; height: 100%; object-fit: contain; display: block; }
-.sc-gone { position: absolute; inset: 0; display: grid; place-items: center; padding: 8px; text-align: center;
-  font-size: 0.8rem; background: #8884; }
-.sc-head { display: flex; justify-content: space-between; padding: 6px 10px 0; font-variant-numeric: tabular-nums; }
-.sc-rank { color: var(--body-text-color-subdued); }
-.sc-score { font-weight: 600; }
-.sc-facts { padding: 0 10px 8px; gap: 0 8px; font-size: 0.8rem; line-height: 1.4; overflow-wrap: anywhere; }
-.sc-strip .sc-head, .sc-strip .sc-facts { display: none; }
-.sc-mark { position: absolute; top: 6px; right: 6px; width: 26px; height: 26px; border-radius: 50%; color: #fff;
-  display: grid; place-items: center; font-weight: 700; background: var(--sc); }
-.sc-right { --sc: #15803d; } .sc-wrong { --sc: #c02626; } .sc-open { --sc: #64748b; }
-.sc-card:has(.sc-mark) { border-width: 3px; }
-.sc-card:has(.sc-right) { border-color: #15803d; } .sc-card:has(.sc-wrong) { border-color: #c02626; }
-.sc-card:has(.sc-open) { border-color: #64748b; }
-@media (max-width: 640px) { .sc-grid { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 8px; }
-  .sc-picture { height: 140px; } .sc-chips span { font-size: 0.75rem; padding: 1px 8px; }
-  .sc-strip { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: 64px;
-    overflow-x: auto; padding-bottom: 4px; } }
-"""

@@ -156,7 +156,8 @@ class Trainer:
         loss = nt_xent_loss(projections, temperature=self.config.temperature)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.step}; lower --learning-rate (now {rate:.3g}) and --resume"
+                f"the loss is {loss.item()} at step {self.step}, the weights were left as they were; "
+                f"start a new --run with a lower --learning-rate (peak now {self.plan.peak_lr:.3g})"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
