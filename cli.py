@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias, cast
 
 import tyro
 from tyro.conf import Positional, arg
 
-from serve.errors import ContractError, SimclrError
+from serve.errors import ContractError, GalleryError, SimclrError, SourceError
 from serve.preprocess import ImageError
 from train.config import PretrainConfig
 
 if TYPE_CHECKING:
     from serve.encoder import Encoder
     from serve.gallery import Gallery
+
+GalleryName: TypeAlias = Annotated[str, arg(metavar="GALLERY")]
+"""Not a Path, which would turn milvus://host into the folder milvus:/host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,9 @@ class Demo:
     """Open the web page at the end (--no-app: do not)."""
     port: int = 7860
     """Port of the web page."""
+
+    def __post_init__(self) -> None:
+        _check_ports(port=self.port)
 
     def __call__(self) -> None:
         from export.demo import run_demo
@@ -117,6 +124,10 @@ class Export:
     target: Literal["gpu", "cpu"] = "gpu"
     """Where Triton will run it."""
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):  # a folder's name, and a part of addresses
+            raise SimclrError(f"--name is {self.name!r}, wanted letters, digits and any of _ - .")
+
     def __call__(self) -> None:
         from export.publish import publish
         from serve.classify import Head
@@ -141,6 +152,9 @@ class Triton:
     """Port of the gRPC protocol."""
     metrics_port: int = 8002
     """Port of the Prometheus metrics."""
+
+    def __post_init__(self) -> None:
+        _check_ports(http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port)
 
     def __call__(self) -> None:
         from serve.triton_server import TritonServer, serve
@@ -171,7 +185,7 @@ class Embed:
 class GalleryAdd:
     """Add pictures to a gallery, which is made if need be. Repeating it adds only what is new."""
 
-    gallery: Positional[Path]
+    gallery: Positional[GalleryName]
     """The gallery's folder."""
     images: str
     """Folder, .csv, .zip, .tar or a known dataset's root."""
@@ -186,6 +200,8 @@ class GalleryAdd:
         with open_gallery(self.gallery, self.encoder, create=True) as gallery:
             report = add_pictures(gallery, images.gallery or images.everything)
             _tell_unreadable(report.unreadable)
+            if report.unreadable and not report.ids and not report.already_present:
+                raise SourceError(f"{self.images}: none of {len(report.unreadable)} pictures can be read; nothing was added")
             print(f"{self.gallery}: {len(report.ids)} added, {report.already_present} were there, {len(gallery)} in all")
 
 
@@ -193,7 +209,7 @@ class GalleryAdd:
 class GalleryRemove:
     """Remove items from a gallery by id."""
 
-    gallery: Positional[Path]
+    gallery: Positional[GalleryName]
     """The gallery's folder."""
     ids: Positional[tuple[int, ...]]
     """Ids, as `simclr search` prints them."""
@@ -210,7 +226,7 @@ class GalleryRemove:
 class GalleryInfo:
     """Say what a gallery holds and which encoder made it."""
 
-    gallery: Positional[Path]
+    gallery: Positional[GalleryName]
     """The gallery's folder."""
     json: bool = False
     """Print JSON."""
@@ -227,7 +243,7 @@ class GalleryInfo:
 class GalleryRebuild:
     """Derive a gallery's index anew from its catalog."""
 
-    gallery: Positional[Path]
+    gallery: Positional[GalleryName]
     """The gallery's folder."""
 
     def __call__(self) -> None:
@@ -242,7 +258,7 @@ class GalleryRebuild:
 class GalleryVerify:
     """Check a gallery's vectors and index against its catalog; exit code 1 if something is wrong."""
 
-    gallery: Positional[Path]
+    gallery: Positional[GalleryName]
     """The gallery's folder."""
 
     def __call__(self) -> None:
@@ -252,7 +268,8 @@ class GalleryVerify:
             problems = gallery.verify()
             count = len(gallery)
         if problems:
-            raise SimclrError("\n".join(problems))
+            print("\n".join(problems))
+            raise GalleryError(f"{self.gallery}: {len(problems)} problems; `simclr gallery rebuild` repairs those of the index")
         print(f"{self.gallery}: {count} items, all well")
 
 
@@ -260,7 +277,7 @@ class GalleryVerify:
 class Search:
     """Find the pictures of a gallery that are most similar to one picture."""
 
-    gallery: Path
+    gallery: GalleryName
     """The gallery's folder."""
     image: Path
     """The picture to search with."""
@@ -308,7 +325,7 @@ class ReidEvaluate:
 class App:
     """Open the web page on a gallery."""
 
-    gallery: Path
+    gallery: GalleryName
     """The gallery's folder."""
     encoder: str
     """The encoder that made the gallery: RUN, a model repository, grpc://… or http://…"""
@@ -316,6 +333,9 @@ class App:
     """HEAD.npz of `simclr fit-head`, to classify as well."""
     port: int = 7860
     """Port of the page."""
+
+    def __post_init__(self) -> None:
+        _check_ports(port=self.port)
 
     def __call__(self) -> None:
         from app import build_app, serve_app
@@ -354,7 +374,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run one verb. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    command = _parse(list(sys.argv[1:] if argv is None else argv))
+    warnings.filterwarnings("ignore", module="PIL")  # of pictures that it reads all the same, or that we refuse ourselves
+    try:
+        command = _parse(list(sys.argv[1:] if argv is None else argv))
+    except SimclrError as error:  # a configuration that refuses its values
+        _fail(str(error), 2)
     try:
         command()
     except KeyboardInterrupt as stop:
@@ -379,8 +403,14 @@ def _parse(argv: list[str]) -> Callable[[], None]:
     return cast("Callable[[], None]", command)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"simclr: {message}", file=sys.stderr)
+def _check_ports(**ports: int) -> None:
+    for name, port in ports.items():
+        if not 0 <= port <= 65535:
+            raise SimclrError(f"--{name.replace('_', '-')} is {port}, wanted 0 to 65535")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"simclr: {' '.join(message.splitlines())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -397,7 +427,7 @@ def open_encoder(spec: str) -> Encoder:
     return open_served(spec)
 
 
-def open_gallery(folder: Path, spec: str | None, *, create: bool = False) -> Gallery:
+def open_gallery(folder: str, spec: str | None, *, create: bool = False) -> Gallery:
     """A gallery with its encoder: the one named, or else the one it was last filled with."""
     from serve.gallery import Gallery
 

@@ -152,7 +152,7 @@ def _fitting_config(source: str, pictures: ImageSet, run: Path, minutes: float) 
         width=1 if on_gpu else (0.5 if minutes >= LONG_MINUTES else 0.25),
         stem=None if on_gpu else "small-s2",
         image_size=size,
-        batch_size=max(2, min(256, len(pictures.train))),
+        batch_size=max(2, min(256, len(pictures.train) * 3 // 4)),  # some may turn out to be unreadable
         strength=0.5,
     )
     rate = samples_per_second(config, pictures)

@@ -42,8 +42,8 @@ def measure_parity(encoder: Encoder, graph: Path, manifest: Manifest, pictures: 
     for size in BATCH_SIZES:
         parts = [session.run(None, {manifest.input.name: images[at : at + size]})[0] for at in range(0, len(images), size)]
         got = np.concatenate(parts)
-        worst = max(worst, float(np.abs(got - wanted).max()))
-        cosine = min(cosine, float((got * wanted).sum(1).min()))
+        worst = float(np.maximum(worst, np.abs(got - wanted).max()))  # numpy's keep a NaN, Python's max and min drop it
+        cosine = float(np.minimum(cosine, (got * wanted).sum(1).min()))
     if not (worst <= MAX_ABS_ERROR and cosine >= MIN_COSINE):
         raise ExportError(
             f"the graph differs from the network by {worst:.2g} (at most {MAX_ABS_ERROR:g}), cosine {cosine:.6f} "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def add_pictures(gallery: Gallery, samples: Sequence[Sample]) -> AddReport:
 def embed_samples(
     encoder: Encoder, samples: Sequence[Sample], name: str
 ) -> tuple[NDArray[np.float32], list[Sample], list[Unreadable]]:
-    """Vectors (N, D) of the readable pictures, those pictures, and the others."""
+    """Vectors (N, D) of the readable pictures, those pictures, and the others. Raises: SourceError if none can be read."""
     vectors = [np.empty((0, encoder.manifest.embedding_dim), np.float32)]
     kept: list[Sample] = []
     unreadable: list[Unreadable] = []
@@ -41,6 +40,8 @@ def embed_samples(
             kept += good
             unreadable += bad
             bar.update(len(good) + len(bad))
+    if unreadable and not kept:
+        raise SourceError(f"none of {len(samples)} pictures can be read; the first: {unreadable[0].reason}")
     return np.concatenate(vectors), kept, unreadable
 
 
@@ -49,9 +50,13 @@ def embed_to_parquet(encoder: Encoder, source: str, path: Path) -> tuple[int, li
 
     Returns: the number of rows and what could not be read. Raises: SourceError, OSError.
     """
-    vectors, samples, unreadable = embed_samples(encoder, open_source(source).everything, "embedding")
+    everything = open_source(source).everything
+    named, odd = ([sample for sample in everything if _is_utf8(sample.source) is fit] for fit in (True, False))
+    vectors, samples, unreadable = embed_samples(encoder, named, "embedding")
+    unreadable += [Unreadable(sample.source, f"{sample.source}: its name is not UTF-8; rename it") for sample in odd]
     columns: dict[str, Any] = {
-        name: [asdict(sample)[name] for sample in samples] for name in ("source", "label", "identity", "camera")
+        name: pa.array([getattr(sample, name) for sample in samples], pa.string())  # a string even where none is known
+        for name in ("source", "label", "identity", "camera")
     }
     columns["time"] = pa.array([sample.time for sample in samples], pa.float64())
     columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
@@ -66,7 +71,7 @@ def evaluate_reid(encoder: Encoder, source: str) -> dict[str, Any]:
     images = open_source(source)
     if not images.query or not images.gallery:
         raise SourceError(f"{source}: no re-ID set; wanted the folders query and bounding_box_test (Market-1501 layout)")
-    queries, query_samples, _ = embed_samples(encoder, images.query, "queries")
+    queries, query_samples, lost = embed_samples(encoder, images.query, "queries")
     gallery, gallery_samples, unreadable = embed_samples(encoder, images.gallery, "gallery")
     try:
         report = evaluate_market(queries, query_samples, gallery, gallery_samples)
@@ -82,6 +87,15 @@ def evaluate_reid(encoder: Encoder, source: str) -> dict[str, Any]:
         "queries": report.n_queries,
         "without_match": report.n_without_match,
         "gallery": len(gallery_samples),
-        "unreadable": len(unreadable),
+        "unreadable": len(lost) + len(unreadable),
         "encoder_id": encoder.encoder_id,
     }
+
+
+def _is_utf8(name: str) -> bool:
+    """False for bytes that Python reads as lone surrogates: Parquet cannot keep them."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

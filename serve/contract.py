@@ -10,9 +10,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, JsonValue, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError, model_validator
 
 from serve.errors import ContractError
 
@@ -32,7 +32,7 @@ class Preprocess(_Strict):
     width_px: PositiveInt
     resize: Literal["center_crop", "stretch"]
     """`center_crop` keeps the aspect; `stretch` (re-ID) squeezes the whole picture into the frame."""
-    crop: float
+    crop: Annotated[float, Field(gt=0, le=1)]
     """Share of the limiting side that `center_crop` keeps: 0.875, or 1.0 for pictures of 32 px; 1.0 for `stretch`."""
     resample: Literal["bicubic"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +62,8 @@ def open_encoder(spec: str | Path) -> Encoder:
 
 def find_graph(repository: Path) -> Path:
     """The newest encoder graph of a repository that holds one encoder, or of REPOSITORY/NAME. Raises: ContractError."""
-    models = sorted(repository.glob("*_encoder")) or sorted(repository.parent.glob(f"{repository.name}_encoder"))
+    named = repository.parent / f"{repository.name}_encoder"
+    models = sorted(repository.glob("*_encoder")) or [named] * named.is_dir()
     if len(models) != 1:
         found = ", ".join(model.name for model in models) or "none"
         raise ContractError(f"{repository}: wanted one folder NAME_encoder, found {found}; give what `simclr export` wrote")
@@ -77,7 +80,7 @@ class OnnxEncoder:
         try:
             self._session = ort.InferenceSession(graph, providers=loadable_providers())
         except Exception as error:  # onnxruntime raises a dozen unrelated types, none of them exported
-            reason = str(error).splitlines()[0]
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ContractError(f"{graph}: ONNX Runtime cannot load it ({reason}); export the run again") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in metadata:
@@ -106,13 +109,22 @@ class OnnxEncoder:
 
 def loadable_providers() -> list[str]:
     """CUDA only where its driver and ONNX Runtime's CUDA library load: asking in vain prints errors on every start."""
-    cuda = "CUDAExecutionProvider" in ort.get_available_providers() and _cuda_driver_loads()
+    cuda = "CUDAExecutionProvider" in ort.get_available_providers() and _cuda_loads()
     return ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
 
 
-def _cuda_driver_loads() -> bool:
-    driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+def _cuda_loads() -> bool:
+    windows = sys.platform == "win32"
     try:
-        return int(ctypes.CDLL(driver).cuInit(0)) == 0
+        if ctypes.CDLL("nvcuda.dll" if windows else "libcuda.so.1").cuInit(0) != 0:
+            return False
+        if hasattr(ort, "preload_dlls"):
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+                ort.preload_dlls()  # CUDA and cuDNN out of wheels, such as those that torch brings: no other way leads there
+        if not windows:
+            folder = Path(ort.__file__).parent / "capi"
+            ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
     except OSError:
         return False
+    return True

@@ -40,7 +40,7 @@ def atomic_folder(path: Path, *, workshop: Path | None = None) -> Iterator[Path]
     try:
         yield temporary
         temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
+        for file in (*temporary.rglob("*"), temporary):
             _sync(file)
         if path.exists():
             path.rename(old)

@@ -12,13 +12,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from serve.contract import Preprocess
 
 MAX_PIXELS = 64_000_000
 """Pictures above this are refused before they are decoded: a 100 KB PNG can ask for gigabytes."""
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what undoes it."""
 
 
 class ImageError(ValueError):
@@ -53,17 +65,17 @@ def crop_box(width: int, height: int, aspect_hw: float, crop: float) -> tuple[fl
 
 def decode(source: str | Path | bytes | Image.Image) -> Image.Image:
     """Decode, upright (EXIF), first frame, 8-bit RGB; transparency is laid on white. Raises: ImageError."""
-    name = "image" if isinstance(source, (bytes, Image.Image)) else str(source)
+    name = "image" if isinstance(source, (bytes, Image.Image)) else str(source).replace("\n", "?")
     try:
         image = source if isinstance(source, Image.Image) else Image.open(_file(source))
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{name}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are accepted; shrink it")
         image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        return _rgb(_upright(image))
     except ImageError:
         raise
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        reason = "empty file" if source == b"" else str(error).replace(repr(name), "").strip() or type(error).__name__
+    except Exception as error:  # Pillow's decoders raise a dozen unrelated types
+        reason = "empty file" if source == b"" else _reason(error)
         raise ImageError(f"{name}: not a readable picture ({reason})") from error
 
 
@@ -71,9 +83,25 @@ def _file(source: str | Path | bytes) -> io.BytesIO | str | Path:
     return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text is a memory address
+        return "not a picture in a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF says nothing about the pixels: viewers show such a picture as it is
+        return image
+    return image.transpose(turn) if turn is not None else image
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # Pillow would clip 16 bits to white
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         values = values / 257 if values.max(initial=0) > 255 else values
         return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

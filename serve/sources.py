@@ -7,6 +7,7 @@ One rule set reads all of them: the layout is recognised from the members' relat
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 import tarfile
@@ -31,7 +32,7 @@ MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)(?:s(\d+)_(\d+))?")
 _MARKET_STRICT = re.compile(r"-?\d+_c\d+s\d+_\d+_\d+\.\w+$")
 JUNK_IDENTITY = "-1"
 """Market-1501's mark for boxes that count neither as right nor as wrong."""
-_MEMBER = "!/"
+_MEMBER = re.compile(r"(?<=\.zip|\.tar)!/", re.IGNORECASE)  # a folder may be called `wow!`
 _TRAIN_FOLDERS, _TEST_FOLDERS = ("train",), ("test", "val")
 
 
@@ -68,7 +69,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A picture that was left out, and why."""
+    """A picture that was left out, and why: one line that names it."""
 
     source: str
     reason: str
@@ -77,18 +78,18 @@ class Unreadable:
 def open_source(source: str | Path) -> ImageSet:
     """List the pictures of a folder, CSV, .zip, .tar (or `archive!/folder`). Raises: SourceError if there are none."""
     text = str(source)
-    location, _, inner = text.partition(_MEMBER)
+    location, inner = _split(text)
     path = Path(location).absolute()  # sources are kept in galleries, which outlive the working folder
-    if not path.exists():
-        raise SourceError(f"{location}: no such file or folder; --images wants a folder, .csv, .zip or .tar")
+    if not text or not path.exists():  # no text at all would be the working folder
+        raise SourceError(f"{location or 'no name given'}: no such file or folder; --images wants a folder, .csv, .zip or .tar")
     if path.is_dir():
         images = _by_layout(_folder_members(path), lambda member: str(path / member))
-    elif path.suffix == ".csv":
+    elif path.suffix.lower() == ".csv":
         images = ImageSet(train=tuple(_csv_samples(path)))
-    elif path.suffix in (".zip", ".tar"):
+    elif path.suffix.lower() in (".zip", ".tar"):
         prefix = f"{inner.strip('/')}/" if inner else ""
         members = [name.removeprefix(prefix) for name in _archive_members(path) if name.startswith(prefix)]
-        images = _by_layout(members, lambda member: f"{path}{_MEMBER}{prefix}{member}")
+        images = _by_layout(members, lambda member: f"{path}!/{prefix}{member}")
     else:
         raise SourceError(f"{text}: wanted a folder, .csv, .zip or .tar; pack or unpack it as one of these")
     if not images.everything:
@@ -100,19 +101,22 @@ def open_source(source: str | Path) -> ImageSet:
 
 def read_bytes(source: str) -> bytes:
     """The encoded bytes of one picture. Raises: SourceError."""
-    location, _, member = source.partition(_MEMBER)
+    location, member = _split(source)
     try:
         if not member:
             return Path(source).read_bytes()
         modified_ns = Path(location).stat().st_mtime_ns
-        if location.endswith(".zip"):
+        if location.lower().endswith(".zip"):
             return _open_zip(location, modified_ns).read(member)
         offset, size = _tar_index(location, modified_ns)[member]
         with Path(location).open("rb") as file:
             file.seek(offset)
             return file.read(size)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{source}: cannot be read ({error})") from error
+    except KeyError as error:
+        raise SourceError(f"{source}: cannot be read (the archive has no such member)") from error
+    except Exception as error:  # zipfile and its codecs raise a dozen unrelated types: encrypted, damaged, unknown method
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SourceError(f"{source}: cannot be read ({reason})") from error
 
 
 def read_batches(
@@ -137,8 +141,16 @@ def read_batches(
 def _read_one(sample: Sample, preprocess: Preprocess) -> NDArray[np.uint8] | Unreadable:
     try:
         return load_image(read_bytes(sample.source), preprocess)
-    except (ImageError, SourceError) as error:
+    except SourceError as error:
         return Unreadable(sample.source, str(error))
+    except ImageError as error:  # it was given bytes, and so calls them "image"
+        return Unreadable(sample.source, f"{sample.source}{str(error).removeprefix('image')}")
+
+
+def _split(source: str) -> tuple[str, str]:
+    """`archive.zip!/member` -> archive.zip, member; any other path -> itself, nothing."""
+    location, *members = _MEMBER.split(source, maxsplit=1)
+    return location, "".join(members)
 
 
 def _folder_members(root: Path) -> list[str]:
@@ -148,9 +160,9 @@ def _folder_members(root: Path) -> list[str]:
 def _archive_members(path: Path) -> list[str]:
     try:
         modified_ns = path.stat().st_mtime_ns
-        return (
-            _open_zip(str(path), modified_ns).namelist() if path.suffix == ".zip" else list(_tar_index(str(path), modified_ns))
-        )
+        if path.suffix.lower() == ".zip":
+            return _open_zip(str(path), modified_ns).namelist()
+        return list(_tar_index(str(path), modified_ns))
     except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise SourceError(f"{path}: not a readable archive ({error}); compressed .tar files must be unpacked") from error
 
@@ -163,7 +175,8 @@ def _open_zip(location: str, _modified_ns: int) -> zipfile.ZipFile:
 @lru_cache(maxsize=8)
 def _tar_index(location: str, _modified_ns: int) -> dict[str, tuple[int, int]]:
     with tarfile.open(location, "r:") as archive:
-        return {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
+        members = [member for member in archive if member.isfile()]
+    return {member.name.removeprefix("./"): (member.offset_data, member.size) for member in members}  # ./: tar -C folder .
 
 
 def _by_layout(members: list[str], name: Callable[[str], str]) -> ImageSet:
@@ -222,6 +235,13 @@ def _market_sample(source: str, member: str) -> list[Sample]:
 
 
 def _csv_samples(path: Path) -> Iterator[Sample]:
+    try:
+        yield from _csv_rows(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from error
+
+
+def _csv_rows(path: Path) -> Iterator[Sample]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = set(reader.fieldnames or ())
@@ -238,9 +258,12 @@ def _csv_samples(path: Path) -> Iterator[Sample]:
 
 
 def _seconds(text: str) -> float:
-    """A number, or an ISO 8601 time (UTC where it names no zone) in Unix seconds."""
+    """A number, or an ISO 8601 time (UTC where it names no zone) in Unix seconds. Raises: ValueError."""
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
         moment = datetime.fromisoformat(text)
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    if not math.isfinite(seconds):  # could be neither stored nor compared
+        raise ValueError(f"time is {text}, wanted seconds or an ISO 8601 time")
+    return seconds

@@ -46,10 +46,9 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise TrainingError(
-            f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0]}); start a new --run"
-        ) from error
-    if not isinstance(state, dict) or "step" not in state:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TrainingError(f"{path}: truncated or not a checkpoint ({reason}); start a new --run") from error
+    if not isinstance(state, dict) or not {"step", "model", "optimizer", "facts"} <= state.keys():
         raise TrainingError(f"{path}: not a checkpoint of simclr pretrain; start a new --run")
     return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -52,7 +53,14 @@ class PretrainConfig:
             ("epochs", self.epochs, 0.001),
             ("width", self.width, 0.125),
         ):
-            if not value >= minimum:
+            if not minimum <= value < math.inf:
                 raise TrainingError(f"--{name} is {value}, wanted at least {minimum}")
+        for name, chosen, most in (
+            ("crop-area", self.crop_area, 1),
+            ("strength", self.strength, 1.25),  # beyond it contrast would turn negative
+            ("learning-rate", self.learning_rate, 1000),
+        ):
+            if chosen is not None and not 0 <= chosen <= most:
+                raise TrainingError(f"--{name} is {chosen}, wanted 0 to {most}")
         if not self.temperature > 0:
             raise TrainingError(f"--temperature is {self.temperature}, wanted more than 0")

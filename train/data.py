@@ -71,7 +71,7 @@ def preprocess_for(samples: Sequence[Sample], image_size: str | None) -> Preproc
 
 
 def training_frame(preprocess: Preprocess) -> Preprocess:
-    """The same frame without the central crop, larger by what the crop would take: views are cut from the whole picture."""
+    """The same frame without the central crop, larger by what the crop would take: views are cut from all of it."""
     height, width = (round(size / preprocess.crop) for size in (preprocess.height_px, preprocess.width_px))
     return preprocess.model_copy(update={"height_px": height, "width_px": width, "crop": 1.0})
 
@@ -117,7 +117,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 def _fitting_size(samples: Sequence[Sample]) -> tuple[int, int]:
     """32, 64 or 224 px by the median short side of up to 50 pictures; 256x128 for tall boxes with identities."""
     sizes = []
-    for sample in samples[:: max(1, len(samples) // 50)]:
+    for sample in samples[:: max(1, -(-len(samples) // 50))]:
         try:
             sizes.append(decode(read_bytes(sample.source)).size)
         except (ImageError, SourceError):

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ def pretrain(config: PretrainConfig) -> Path:
     images = open_source(config.images)
     plan = make_plan(config, images)
     pixels = load_pixels(images.train, training_frame(plan.preprocess), progress="reading images")
+    steps_per_epoch, total_steps = count_steps(config, len(pixels))  # what cannot be read shortens the epochs
+    plan = replace(plan, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     return Trainer(config, plan, images, pixels).train()
 
 
@@ -82,7 +84,7 @@ def make_plan(config: PretrainConfig, images: ImageSet) -> Plan:
         )
     preprocess = preprocess_for(images.train, config.image_size)
     short = min(preprocess.height_px, preprocess.width_px)
-    steps_per_epoch = count // config.batch_size
+    steps_per_epoch, total_steps = count_steps(config, count)
     default_lr = 0.075 * math.sqrt(config.batch_size)
     return Plan(
         preprocess=preprocess,
@@ -92,8 +94,13 @@ def make_plan(config: PretrainConfig, images: ImageSet) -> Plan:
         blur=short > 32,
         peak_lr=config.learning_rate if config.learning_rate is not None else default_lr,
         steps_per_epoch=steps_per_epoch,
-        total_steps=max(1, round(config.epochs * count / config.batch_size)),
+        total_steps=total_steps,
     )
+
+
+def count_steps(config: PretrainConfig, pictures: int) -> tuple[int, int]:
+    """Whole batches in an epoch (what is left over waits for another one), and steps in all."""
+    return pictures // config.batch_size, max(1, round(config.epochs * pictures / config.batch_size))
 
 
 class Trainer:
@@ -125,6 +132,7 @@ class Trainer:
             self._restore(facts)
         else:
             write_config(run, facts)
+            self._save(facts)  # so that a run which dies early, or on a full disk, can always be resumed
         self._announce()
         with stop_signals() as stopped, MetricsLog(run, self.step) as log, self._bar() as bar:
             saved_at = time.monotonic()
@@ -238,7 +246,8 @@ def samples_per_second(config: PretrainConfig, images: ImageSet, *, steps: int =
     """Measure what this machine does with this configuration: pictures (of two views each) per second, after warm-up."""
     plan = make_plan(config, images)
     few = images.train[: max(config.batch_size, 2)]
-    trainer = Trainer(config, plan, ImageSet(train=few), load_pixels(few, training_frame(plan.preprocess)))
+    pixels = load_pixels(few, training_frame(plan.preprocess))
+    trainer = Trainer(replace(config, batch_size=len(pixels)), plan, ImageSet(train=few), pixels)
     rates = []
     for _ in range(steps + 2):
         trainer.step = 0

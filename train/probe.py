@@ -76,7 +76,7 @@ def fit_head(vectors: NDArray[np.float32], groups: Sequence[str], encoder_id: st
         )
     number = {name: index for index, name in enumerate(classes)}
     x, y = torch.from_numpy(vectors), torch.tensor([number[name] for name in groups])
-    held = torch.arange(len(x)) % HELD_BACK == HELD_BACK - 1
+    held = torch.arange(len(x)) % HELD_BACK == min(HELD_BACK, len(x)) - 1  # at least one
     scores = {}
     for decay in WEIGHT_DECAYS:
         weight, bias = logistic_regression(x[~held], y[~held], len(classes), decay)
@@ -88,7 +88,7 @@ def fit_head(vectors: NDArray[np.float32], groups: Sequence[str], encoder_id: st
 
 
 def logistic_regression(x_ND: Tensor, y_N: Tensor, classes: int, weight_decay: float) -> tuple[Tensor, Tensor]:
-    """Weights (C, D) and biases (C,) that minimise mean cross entropy + weight_decay / 2 * |W|^2 * D, by L-BFGS.
+    """Weights (C, D) and biases (C,) that minimise mean cross entropy + weight_decay / 2 * |W|^2 / D, by L-BFGS.
 
     Unit vectors have entries of about 1 / sqrt(D), so they are scaled by sqrt(D) for the fit and W is scaled back.
     """

@@ -81,5 +81,7 @@ class ColourHistogram:
         """Unit vectors float32 (N, 512)."""
         pixels = prepare_batch(images, self.manifest.preprocess)
         cells = (pixels.astype(np.int64) * self.BINS // 256) @ np.array([self.BINS**2, self.BINS, 1])
-        counts = np.stack([np.bincount(picture.ravel(), minlength=self.BINS**3) for picture in cells])
+        counts = np.empty((len(cells), self.BINS**3))
+        for row, picture in zip(counts, cells, strict=True):
+            row[:] = np.bincount(picture.ravel(), minlength=self.BINS**3)
         return np.asarray(np.sqrt(counts / counts.sum(1, keepdims=True)), dtype=np.float32)

@@ -68,7 +68,9 @@ def test_our_weights_load_into_torchvision() -> None:
     assert not unexpected
 
 
-@pytest.mark.parametrize(("stem", "kernel", "first", "last"), [("imagenet", 7, 16, 2), ("small", 3, 64, 8), ("small-s2", 3, 32, 4)])
+@pytest.mark.parametrize(
+    ("stem", "kernel", "first", "last"), [("imagenet", 7, 16, 2), ("small", 3, 64, 8), ("small-s2", 3, 32, 4)]
+)
 def test_the_stems_strides(stem: Stem, kernel: int, first: int, last: int) -> None:
     """Of 64 pixels: after the stem, and after the last stage."""
     encoder = Encoder("resnet18", 0.125, stem).eval()

@@ -1,0 +1,370 @@
+"""kNN, linear heads, view retrieval and the baselines, against loops and cases whose answer is known."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from serve.contract import Manifest, Preprocess, TensorSpec
+from serve.encoder import Picture, prepare_batch
+from serve.errors import SourceError, TrainingError
+from serve.preprocess import load_image
+from serve.sources import ImageSet, Sample, open_source
+from train.encoder import Encoder, UnitEncoder
+from train.probe import (
+    OnlineKnn,
+    embed_pixels,
+    evaluate,
+    fit_head,
+    fit_head_on,
+    head_accuracy,
+    knn_accuracy,
+    knn_predict,
+    logistic_regression,
+    score_head,
+    split_for_scoring,
+    view_retrieval,
+)
+from train.torch_encoder import ColourHistogram, TorchEncoder, untrained
+
+SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def manifest(dim: int) -> Manifest:
+    return Manifest.create(
+        name="probe",
+        embedding_dim=dim,
+        input=TensorSpec(name="image", shape=(SIZE, SIZE, 3), dtype="uint8"),
+        output=TensorSpec(name="embedding", shape=(dim,), dtype="float32"),
+        preprocess=Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic"),
+        metric="cosine",
+        precision="fp32",
+        weights_sha256="0" * 64,
+        parity=None,
+        training={"arch": "resnet18", "width": 0.125, "stem": "small"},
+    )
+
+
+class MeanColour:
+    """The hue of a picture as a unit vector: a perfect encoder of flat, saturated pictures, and of nothing else."""
+
+    manifest = manifest(3)
+    encoder_id = manifest.encoder_id
+
+    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+        pixels = prepare_batch(images, self.manifest.preprocess).reshape(-1, SIZE**2, 3).astype(np.float32)
+        return _unit(pixels.mean(1) - 100.3)
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+class AlwaysTheSame(MeanColour):
+    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+        return np.tile(np.float32([1, 0, 0]), (len(images), 1))
+
+
+COLOURS = {"blue": (20, 30, 220), "green": (30, 210, 40), "red": (220, 20, 30)}
+
+
+def draw_classes(folder: Path, count: int = 10, colours: dict[str, tuple[int, int, int]] = COLOURS) -> Path:
+    """`count` flat pictures of each class, each a little off its colour."""
+    rng = np.random.default_rng(0)
+    for name, colour in colours.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            shade = np.clip(np.array(colour) + rng.integers(-15, 16, 3), 0, 255).astype(np.uint8)
+            Image.fromarray(np.tile(shade, (20, 20, 1))).save(folder / name / f"{number}.png")
+    return folder
+
+
+def unit_vectors(count: int, dim: int, seed: int = 0) -> NDArray[np.float32]:
+    return _unit(np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32))
+
+
+# --- kNN --------------------------------------------------------------------------------------------------------------
+
+
+def slow_knn(bank: list[list[float]], labels: list[int], query: list[float], k: int, temperature: float) -> int:
+    cosines = [sum(a * b for a, b in zip(row, query, strict=True)) for row in bank]
+    votes: Counter[int] = Counter()
+    for index in sorted(range(len(bank)), key=lambda i: -cosines[i])[:k]:
+        votes[labels[index]] += math.exp(cosines[index] / temperature)  # type: ignore[assignment]
+    return max(votes, key=lambda name: votes[name])
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+@pytest.mark.parametrize("k", [1, 7, 40, 200])
+def test_knn_is_the_weighted_vote_of_the_nearest(k: int, temperature: float) -> None:
+    bank, queries = unit_vectors(60, 5), unit_vectors(1100, 5, seed=1)
+    labels = np.random.default_rng(2).integers(0, 4, 60)
+    got = knn_predict(
+        torch.from_numpy(bank), torch.from_numpy(labels), torch.from_numpy(queries), k=k, temperature=temperature, classes=4
+    )
+    assert got.shape == (1100,)
+    for row in (*range(40), 1023, 1024, 1099):
+        assert got[row] == slow_knn(bank.tolist(), labels.tolist(), queries[row].tolist(), k, temperature)
+
+
+def test_a_near_neighbour_outvotes_many_far_ones_at_a_low_temperature() -> None:
+    bank = torch.tensor([[1.0, 0], [0.6, 0.8], [0.6, 0.8]])
+    query, labels = torch.tensor([[1.0, 0]]), torch.tensor([0, 1, 1])
+    assert knn_predict(bank, labels, query, k=3, temperature=0.1, classes=2).item() == 0
+    assert knn_predict(bank, labels, query, k=3, temperature=10, classes=2).item() == 1
+
+
+def test_knn_accuracy_counts_unknown_classes_as_wrong() -> None:
+    bank = np.eye(3, dtype=np.float32)
+    assert knn_accuracy(bank, ["a", "b", "c"], bank, ["a", "b", "x"]) == pytest.approx(2 / 3)
+
+
+# --- linear heads -----------------------------------------------------------------------------------------------------
+
+
+def objective(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, y: torch.Tensor, decay: float) -> torch.Tensor:
+    """Mean cross entropy + decay / 2 * |W|^2 / D, on plain unit vectors."""
+    return F.cross_entropy(x @ weight.T + bias, y) + decay / 2 * weight.square().sum() / x.shape[1]
+
+
+@pytest.mark.parametrize("decay", [1e-3, 1e-1])
+def test_logistic_regression_reaches_the_optimum(decay: float) -> None:
+    """As low as a long gradient descent in float64 goes, which starts there and elsewhere; and the gradient is zero."""
+    x = torch.from_numpy(unit_vectors(80, 6))
+    y = torch.from_numpy(np.random.default_rng(1).integers(0, 3, 80))
+    weight, bias = logistic_regression(x, y, 3, decay)
+    found = objective(weight.double(), bias.double(), x.double(), y, decay).item()
+    slow = [torch.zeros(3, 6, dtype=torch.float64, requires_grad=True), torch.zeros(3, dtype=torch.float64, requires_grad=True)]
+    descent = torch.optim.SGD(slow, lr=2.0, momentum=0.95)
+    for _ in range(2000):
+        descent.zero_grad()
+        loss = objective(slow[0], slow[1], x.double(), y, decay)
+        loss.backward()
+        descent.step()
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    assert found < math.log(3) - 0.01
+    at = [weight.double().requires_grad_(), bias.double().requires_grad_()]
+    objective(at[0], at[1], x.double(), y, decay).backward()
+    assert all(part.grad.abs().max() < 1e-4 for part in at)
+
+
+def test_separable_classes_are_separated() -> None:
+    x = torch.from_numpy(unit_vectors(50, 8))
+    y = (x[:, 0] > 0).long()
+    weight, bias = logistic_regression(x, y, 2, 1e-6)
+    assert torch.equal((x @ weight.T + bias).argmax(1), y)
+
+
+def test_a_head_is_fitted_on_all_and_its_decay_chosen_on_every_fifth() -> None:
+    vectors = unit_vectors(200, 6)
+    groups = ["north" if vector[0] > 0.3 else "south" if vector[1] > 0 else "east" for vector in vectors]
+    head = fit_head(vectors, groups, "abc")
+    assert (head.classes, head.encoder_id) == (("east", "north", "south"), "abc")
+    assert head.report["pictures"] == 200
+    numbers = torch.tensor([sorted(set(groups)).index(name) for name in groups])
+    held = torch.tensor([number % 5 == 4 for number in range(200)])
+    x = torch.from_numpy(vectors)
+    scores = []
+    for decay in (1e-6, 1e-5, 1e-4, 1e-3):
+        weight, bias = logistic_regression(x[~held], numbers[~held], 3, decay)
+        scores.append(((x[held] @ weight.T + bias).argmax(1) == numbers[held]).float().mean().item())
+    assert head.report["held_back_accuracy"] == max(scores) > 0.8
+    assert head.report["weight_decay"] == (1e-6, 1e-5, 1e-4, 1e-3)[scores.index(max(scores))]
+    weight, _ = logistic_regression(x, numbers, 3, head.report["weight_decay"])
+    np.testing.assert_array_equal(head.weight, weight.numpy())
+    assert head_accuracy(head, vectors, groups) > 0.9
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_a_head_on_very_few_pictures_still_has_a_score(count: int) -> None:
+    head = fit_head(unit_vectors(count, 4), ["a", "b", "a", "b", "a"][:count], "abc")
+    assert head.report["held_back_accuracy"] in (0, 1)
+
+
+@pytest.mark.parametrize("groups", [["only"] * 6, []])
+def test_a_head_for_one_class_is_refused(groups: list[str]) -> None:
+    with pytest.raises(TrainingError, match=r"a head needs at least two classes, got .*; put each class in a sub-folder"):
+        fit_head(unit_vectors(len(groups), 4), groups, "abc")
+
+
+def test_a_head_on_pictures_and_its_score_on_others(tmp_path: Path) -> None:
+    head = fit_head_on(MeanColour(), str(draw_classes(tmp_path / "train")))
+    assert head.classes == ("blue", "green", "red")
+    assert head.report["held_back_accuracy"] == 1
+    few = open_source(draw_classes(tmp_path / "test", 2)).train
+    mislabelled = [*few, Sample(few[0].source, label="red"), Sample(few[0].source)]
+    scored = score_head(head, MeanColour(), mislabelled)
+    assert scored.report["test_pictures"] == 7, "what has no label does not count"
+    assert scored.report["test_accuracy"] == pytest.approx(6 / 7)
+    assert scored.report["held_back_accuracy"] == 1
+
+
+def test_pictures_without_labels_teach_no_head(tmp_path: Path) -> None:
+    images = draw_classes(tmp_path / "train") / "red"
+    with pytest.raises(TrainingError, match="no labels to learn from; put each class in a sub-folder"):
+        fit_head_on(MeanColour(), str(images))
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_a_perfect_encoder_scores_one_and_a_constant_one_chance(tmp_path: Path, protocol: str) -> None:
+    images = str(draw_classes(tmp_path / "images"))
+    report = evaluate(MeanColour(), images, None, protocol)  # type: ignore[arg-type]
+    assert report["accuracy"] == 1
+    assert (report["bank"], report["queries"], report["classes"], report["unreadable"]) == (24, 6, 3, 0)
+    assert report["chance"] == pytest.approx(1 / 3)
+    assert report["encoder_id"] == MeanColour.encoder_id
+    assert evaluate(AlwaysTheSame(), images, None, protocol)["accuracy"] == pytest.approx(1 / 3)  # type: ignore[arg-type]
+
+
+def test_a_test_source_is_scored_and_all_of_the_other_learned(tmp_path: Path) -> None:
+    images, test = draw_classes(tmp_path / "images"), draw_classes(tmp_path / "test", 2)
+    (test / "red" / "0.png").write_bytes(b"no picture")
+    report = evaluate(MeanColour(), str(images), str(test), "knn")
+    assert (report["bank"], report["queries"], report["unreadable"], report["accuracy"]) == (30, 5, 1, 1)
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_evaluation_needs_labels_and_readable_pictures(tmp_path: Path, protocol: str) -> None:
+    images = draw_classes(tmp_path / "images")
+    with pytest.raises(TrainingError, match="no labels to score on; put each class in a sub-folder"):
+        evaluate(MeanColour(), str(images / "red"), None, protocol)  # type: ignore[arg-type]
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(SourceError, match="none of 24 pictures can be read") as refusal:
+        evaluate(MeanColour(), str(images), None, protocol)  # type: ignore[arg-type]
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_fifth_is_held_back_where_there_is_no_test_split() -> None:
+    samples = tuple(Sample(str(number), label="x") for number in range(12))
+    unlabelled = (Sample("u"),)
+    bank, queries = split_for_scoring(ImageSet(train=unlabelled + samples))
+    assert [sample.source for sample in queries] == ["4", "9"]
+    assert [sample.source for sample in bank] == [str(number) for number in range(12) if number not in (4, 9)]
+    assert split_for_scoring(ImageSet(train=samples[:9], test=unlabelled + samples[9:])) == (
+        list(samples[:9]),
+        list(samples[9:]),
+    )
+
+
+# --- during training --------------------------------------------------------------------------------------------------
+
+
+def small_encoder(seed: int = 0) -> Encoder:
+    torch.manual_seed(seed)
+    return Encoder("resnet18", 0.125, "small")
+
+
+def test_online_knn_is_the_knn_of_serving(tmp_path: Path) -> None:
+    images = open_source(draw_classes(tmp_path / "images"))
+    encoder = small_encoder().train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    online = OnlineKnn.from_samples(images, manifest(64).preprocess)
+    assert online.has_labels
+    measured = online.measure(encoder, torch.device("cpu"))
+    assert encoder.training, "training goes on"
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    served = evaluate(TorchEncoder(encoder, manifest(64)), str(tmp_path / "images"), None, "knn")
+    assert measured == {"knn_accuracy": pytest.approx(served["accuracy"])}
+
+
+def test_online_knn_without_labels_measures_nothing(tmp_path: Path) -> None:
+    images = open_source(draw_classes(tmp_path / "images") / "red")
+    assert not OnlineKnn.from_samples(images, manifest(64).preprocess).has_labels
+
+
+def test_embedded_pixels_are_unit_vectors_of_the_evaluated_network() -> None:
+    pixels = torch.randint(0, 256, (300, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encoder = small_encoder()
+    vectors = embed_pixels(encoder, pixels, torch.device("cpu"))
+    assert vectors.shape == (300, 64)
+    with torch.inference_mode():
+        wanted = UnitEncoder(encoder).eval()(pixels[[7, 299]].permute(0, 2, 3, 1))
+    np.testing.assert_allclose(vectors[[7, 299]], wanted.numpy(), atol=1e-5)
+
+
+# --- without labels ---------------------------------------------------------------------------------------------------
+
+
+def test_view_retrieval_of_a_perfect_and_of_a_constant_encoder(tmp_path: Path) -> None:
+    """Six pure hues, far apart: jitter of strength 0.5 hardly confuses them, only a grey view is lost."""
+    hues = {
+        "r": (230, 10, 10),
+        "g": (10, 230, 10),
+        "b": (10, 10, 230),
+        "y": (230, 230, 10),
+        "c": (10, 230, 230),
+        "m": (230, 10, 230),
+    }
+    samples = open_source(draw_classes(tmp_path / "images", 1, hues)).train
+    scores = [view_retrieval(MeanColour(), samples, seed=seed) for seed in range(10)]
+    assert sum(scores) / 10 > 0.6
+    assert view_retrieval(MeanColour(), samples, seed=3) == scores[3]
+    assert len(set(scores)) > 1
+    assert view_retrieval(AlwaysTheSame(), samples) == pytest.approx(1 / 6)
+
+
+def test_view_retrieval_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
+    samples = list(open_source(draw_classes(tmp_path / "images", 2)).train)
+    Path(samples[1].source).write_bytes(b"no picture")
+    assert 0 <= view_retrieval(MeanColour(), samples) <= 1
+
+
+def test_the_colour_histogram_counts_as_a_loop_does(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+    pixels[1, :, :, 1:] //= 100
+    wanted = np.zeros((2, 512))
+    for picture, y, x in np.ndindex(2, SIZE, SIZE):
+        red, green, blue = (int(value) // 32 for value in pixels[picture, y, x])
+        wanted[picture, 64 * red + 8 * green + blue] += 1
+    histogram = ColourHistogram(manifest(64))
+    vectors = histogram.embed(list(pixels))
+    np.testing.assert_allclose(vectors, np.sqrt(wanted / SIZE**2), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert histogram.manifest.embedding_dim == 512
+    assert histogram.encoder_id != manifest(64).encoder_id
+    assert histogram.embed([]).shape == (0, 512)
+
+
+def test_the_untrained_baseline_is_seeded_calibrated_and_not_the_trained_one() -> None:
+    card = manifest(64)
+    images = np.random.default_rng(0).integers(0, 256, (40, SIZE, SIZE, 3), dtype=np.uint8)
+    trained = TorchEncoder(small_encoder(seed=5), card)
+    baseline = untrained(card, images)
+    vectors = baseline.embed(list(images))
+    assert not np.allclose(vectors, trained.embed(list(images)), atol=1e-3)
+    np.testing.assert_array_equal(vectors, untrained(card, images).embed(list(images)))
+    assert not np.allclose(vectors, untrained(card, images, seed=1).embed(list(images)), atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    fresh = TorchEncoder(small_encoder(seed=0), card)
+    assert not np.allclose(vectors, fresh.embed(list(images)), atol=1e-3), "its batch norms have seen pictures"
+
+
+def test_a_torch_encoder_prepares_pictures_as_serving_does(tmp_path: Path) -> None:
+    sample = open_source(draw_classes(tmp_path / "images", 1)).train[0]
+    encoder = TorchEncoder(small_encoder(), manifest(64), batch_size=2)
+    as_path, as_pixels, as_bytes = encoder.embed(
+        [sample.source, load_image(sample.source, encoder.manifest.preprocess), Path(sample.source).read_bytes()]
+    )
+    np.testing.assert_allclose(as_path, as_pixels, atol=1e-6)
+    np.testing.assert_allclose(as_path, as_bytes, atol=1e-6)
+    assert encoder.embed([]).shape == (0, 64)
