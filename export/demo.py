@@ -6,6 +6,7 @@ images -> training -> quality -> head -> export and parity -> Triton -> gallery 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -146,13 +147,16 @@ def _fitting_config(source: str, pictures: ImageSet, run: Path, minutes: float) 
     stretched = fitting.resize == "stretch"
     on_gpu = torch.cuda.is_available()
     size = None if on_gpu or max(fitting.height_px, fitting.width_px) <= 32 else ("64x32" if stretched else "64")
+    batch_size = max(2, min(256, len(pictures.train) * 3 // 4))  # some may turn out to be unreadable
     config = PretrainConfig(
         images=source,
         run=run,
         width=1 if on_gpu else (0.5 if minutes >= LONG_MINUTES else 0.25),
         stem=None if on_gpu else "small-s2",
         image_size=size,
-        batch_size=max(2, min(256, len(pictures.train) * 3 // 4)),  # some may turn out to be unreadable
+        batch_size=batch_size,
+        crop_area=None if stretched else 0.2,  # milder views and twice the paper's rate get further in minutes
+        learning_rate=0.15 * math.sqrt(batch_size),
         strength=0.5,
     )
     rate = samples_per_second(config, pictures)

@@ -161,7 +161,7 @@ def _archive_members(path: Path) -> list[str]:
     try:
         modified_ns = path.stat().st_mtime_ns
         if path.suffix.lower() == ".zip":
-            return _open_zip(str(path), modified_ns).namelist()
+            return [name for name in _open_zip(str(path), modified_ns).namelist() if not name.endswith("/")]  # no folders
         return list(_tar_index(str(path), modified_ns))
     except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise SourceError(f"{path}: not a readable archive ({error}); compressed .tar files must be unpacked") from error

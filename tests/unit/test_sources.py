@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 import tarfile
+import time
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -167,11 +168,15 @@ def test_one_other_name_makes_a_flat_folder_ordinary(tmp_path):
 
 @pytest.mark.parametrize("root", ["12_c3", "0002_c1s1_000451_03.jpg", "train"])
 def test_names_are_matched_on_the_file_never_on_the_folders(tmp_path, root):
-    fill(tmp_path / root, *MARKET)
-    assert facts(tmp_path / root, tmp_path / root) == MARKET_FACTS
-    fill(tmp_path / "plain" / root, "cat/1.png", "dog/2.png")
-    assert labels(tmp_path / "plain" / root) == [("1.png", "cat"), ("2.png", "dog")]
-    assert {sample.identity for sample in open_source(tmp_path / "plain" / root).train} == {None}
+    market = fill(tmp_path / "a" / root, *MARKET)
+    plain = fill(tmp_path / "b" / root, "cat/1.png", "dog/2.png")
+    for opened in (market, market.parent, zipped(market.parent, tmp_path / "a.zip")):
+        assert [sample[1:] for part in facts(opened, "").values() for sample in part] == [
+            sample[1:] for part in MARKET_FACTS.values() for sample in part
+        ]
+    for opened in (plain, plain.parent, zipped(plain.parent, tmp_path / "b.zip")):
+        assert labels(opened) == [("1.png", "cat"), ("2.png", "dog")]
+        assert {sample.identity for sample in open_source(opened).train} == {None}
 
 
 LAYOUTS = {
@@ -301,8 +306,14 @@ def test_a_csv_from_excel_starts_with_a_byte_order_mark(tmp_path):
     ],
 )
 def test_times_are_seconds_and_utc_where_no_zone_is_named(tmp_path, text, wanted, monkeypatch):
+    path = table(tmp_path / "list.csv", ("path", "time"), ("a.png", text))
     monkeypatch.setenv("TZ", "Asia/Tokyo")
-    assert open_source(table(tmp_path / "list.csv", ("path", "time"), ("a.png", text))).train[0].time == wanted
+    time.tzset()
+    try:
+        assert open_source(path).train[0].time == wanted
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(
