@@ -386,7 +386,7 @@ def _choices(
 def serve_app(blocks: gr.Blocks, *, host: str = "127.0.0.1", port: int = 7860, wait: bool = True) -> str:
     """Serve the app at the URL returned; with `wait`, until Ctrl-C. Raises: SimclrError if the port is busy."""
     url = f"http://{host}:{port}/"
-    _require_free(host, port)
+    require_free_port(host, port)
     try:
         blocks.launch(
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inline=False, share=False,
@@ -405,7 +405,8 @@ def _page(name: str) -> str:
     return files("serve").joinpath("page", name).read_text(encoding="utf-8")
 
 
-def _require_free(host: str, port: int) -> None:
+def require_free_port(host: str, port: int) -> None:
+    """Say at once what would fail later. Raises: SimclrError if the port is busy."""
     try:
         with closing(socket.socket()) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -32,7 +32,7 @@ from serve.preprocess import ImageError, decode
 from serve.signals import stopped_by_sigterm
 from serve.sources import ImageSet, Sample, open_source, read_batches, read_bytes
 from serve.triton_client import TritonEncoder
-from serve.triton_server import TritonServer
+from serve.triton_server import HOST, TritonServer
 from train.checkpoint import CARD, CHECKPOINT, CONFIG, METRICS
 from train.config import PretrainConfig
 from train.data import preprocess_for
@@ -52,6 +52,10 @@ STEPS = 7
 
 def run_demo(*, images: str | None, out: Path, minutes: float, app: bool, port: int) -> None:
     """Walk the path and open the web page unless `app` is false. Raises: SimclrError, OSError."""
+    if app:
+        from app import require_free_port
+
+        require_free_port(HOST, port)  # rather now than after the training
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     source = images or _draw(out / "people")

@@ -114,9 +114,8 @@ class Gallery:
         Raises: GalleryError; earlier batches stay.
         """
         unit = None if vectors is None else self._given(vectors, len(samples))
-        unreadable = [
-            Unreadable(_printable(sample.source), "its name is not UTF-8; rename it") for sample in samples if _odd(sample)
-        ]
+        odd = [_printable(sample.source) for sample in samples if _odd(sample)]
+        unreadable = [Unreadable(name, f"{name}: its name is not UTF-8; rename it") for name in odd]
         fresh = self._fresh(samples)
         todo = [samples[place] for place in fresh]
         batches = self._embedded(todo, batch_size) if unit is None else _cut(todo, unit[fresh], batch_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -242,17 +243,18 @@ class Trainer:
         return tqdm(total=self.plan.total_steps, initial=self.step, desc="pretraining", unit="step", dynamic_ncols=True)
 
 
-def samples_per_second(config: PretrainConfig, images: ImageSet, *, steps: int = 4) -> float:
-    """Measure what this machine does with this configuration: pictures (of two views each) per second, after warm-up."""
+def samples_per_second(config: PretrainConfig, images: ImageSet, *, seconds: float = 8) -> float:
+    """Measure what this machine does with this configuration: pictures (of two views each) per second, warm-up left out."""
     plan = make_plan(config, images)
-    few = images.train[: max(config.batch_size, 2)]
+    few = images.train[: config.batch_size]
     pixels = load_pixels(few, training_frame(plan.preprocess))
     trainer = Trainer(replace(config, batch_size=len(pixels)), plan, ImageSet(train=few), pixels)
-    rates = []
-    for _ in range(steps + 2):
+    rates: list[float] = []
+    started = time.monotonic()
+    while len(rates) < 4 or time.monotonic() - started < seconds:
         trainer.step = 0
         rates.append(trainer._one_step()["samples_per_s"])
-    return sorted(rates[2:])[steps // 2]
+    return statistics.median(rates[len(rates) // 2 :])
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:

@@ -358,7 +358,8 @@ def name_of(door):
 
 @pytest.mark.parametrize("door", ENCODER_DOORS, ids=name_of)
 @pytest.mark.parametrize("encoder", BAD_ENCODERS)
-def test_an_encoder_that_is_none(refused, tmp_path, door, encoder):
+def test_an_encoder_that_is_none(refused, tmp_path, monkeypatch, door, encoder):
+    monkeypatch.setattr("serve.triton_client.BACKOFF_S", 0.01)
     words = [str(tmp_path / "out") if word == "OUT" else word for word in door]
     assert re.search(BAD_ENCODERS[encoder], refused(*words, "--encoder", encoder))
     assert tree(tmp_path) == []
