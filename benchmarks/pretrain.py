@@ -5,7 +5,7 @@
 Both sides run in processes of their own, in turn, several times, each after a warm-up; the ratio is that of the medians.
 The peer's side follows lightly's `examples/pytorch/simclr.py`: PIL transforms in worker processes (as many as there are
 cores), one forward pass per view, float32, SGD. Networks: that example's own (ResNet-18 with the ImageNet stem at 32 px)
-and the one that `simclr demo` trains on a CPU. A sample is one picture, of two views.
+and the two that `simclr demo` trains on a CPU, by the minutes it is given. A sample is one picture, of two views.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the peer's environment has our code, not our package
 
-NETWORKS = {"example": ("resnet18", 1.0, "imagenet"), "demo": ("resnet18", 0.5, "small-s2")}
+NETWORKS = {
+    "example": ("resnet18", 1.0, "imagenet"),
+    "demo": ("resnet18", 0.25, "small-s2"),
+    "long-demo": ("resnet18", 0.5, "small-s2"),
+}
 WARM_UP = 3
 
 
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=tuple(NETWORKS))
     parser.add_argument("--json", type=Path, help="also write every rate there")
     parser.add_argument("--side", choices=("ours", "lightly"), help=argparse.SUPPRESS)
     parser.add_argument("--network", choices=tuple(NETWORKS), default="example", help=argparse.SUPPRESS)
@@ -61,7 +66,7 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pixels = Path(folder) / "pixels.npy"
         np.save(pixels, load_pixels(samples, frame).images.numpy())
-        for network in NETWORKS:
+        for network in arguments.networks:
             rates: dict[str, list[float]] = {"ours": [], "lightly": []}
             for _ in range(arguments.repeats):
                 for side, python in (("ours", sys.executable), ("lightly", arguments.peer_python or sys.executable)):
