@@ -58,7 +58,8 @@ def run_demo(*, images: str | None, out: Path, minutes: float, app: bool, port: 
         require_free_port(HOST, port)  # rather now than after the training
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    source = images or _draw(out / "people")
+    _step(1, f"Read {images}" if images else "Draw people walking past four cameras (generated pictures, Market-1501 layout)")
+    source = images or str(draw_demo_set(out / "people"))
     pictures = open_source(source)
     report: dict[str, Any] = {"images": source, "pictures": len(pictures.everything), "generated": images is None}
 
@@ -98,11 +99,6 @@ def run_demo(*, images: str | None, out: Path, minutes: float, app: bool, port: 
 
 def _step(number: int, text: str) -> None:
     print(f"\n[{number}/{STEPS}] {text}", file=sys.stderr, flush=True)
-
-
-def _draw(folder: Path) -> str:
-    _step(1, "Draw people walking past four cameras (generated pictures, Market-1501 layout)")
-    return str(draw_demo_set(folder))
 
 
 def _train(source: str, pictures: ImageSet, run: Path, minutes: float, report: dict[str, Any]) -> Path:
