@@ -106,21 +106,21 @@ def _train(source: str, pictures: ImageSet, run: Path, minutes: float, report: d
     if config is None:
         config = _fitting_config(source, pictures, run, minutes)
     recorded = json.loads((run / CARD).read_text())["training"] if (run / CARD).exists() else {}
-    started = time.monotonic()
     if recorded.get("steps") != recorded.get("total_steps") or not recorded:
         pretrain(config)
     else:
         print(f"{run} holds a finished run of these pictures: taken as it is", file=sys.stderr)
-    last = json.loads((run / METRICS).read_text().splitlines()[-1])
+    steps = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    rates, last = [step["samples_per_s"] for step in steps], steps[-1]
     report["training"] = {
-        "minutes": round((time.monotonic() - started) / 60, 2),
+        "minutes": round(sum(config.batch_size / rate for rate in rates) / 60, 2),  # of all calls that went on with this run
         "epochs": last["epoch"],
         "steps": last["step"],
         "loss": last["loss"],
         "chance_loss": last["chance_loss"],
         "contrastive_top1": last["contrastive_top1"],
         "chance_top1": last["chance_top1"],
-        "samples_per_s": _median_rate(run),
+        "samples_per_s": round(statistics.median(rates), 1),
         "network": f"{config.arch} x{config.width:g}",
         "batch_size": config.batch_size,
     }
@@ -291,11 +291,6 @@ def _searches(gallery: Gallery, encoder: Encoder) -> dict[str, Any]:
         "precision_at_10": statistics.mean(same) if known and same else None,
         "p50_ms": round(statistics.median(seconds) * 1000, 2),
     }
-
-
-def _median_rate(run: Path) -> float:
-    rates: list[float] = [json.loads(line)["samples_per_s"] for line in (run / METRICS).read_text().splitlines()]
-    return round(statistics.median(rates), 1)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
