@@ -8,10 +8,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -32,6 +30,7 @@ from serve.encoder import Encoder
 from serve.errors import SimclrError, SourceError
 from serve.filters import Condition, Where, parse_where
 from serve.gallery import Gallery, Hit
+from serve.ports import busy_reason
 from serve.preprocess import ImageError, decode
 from serve.reid import RankedHit, rank
 from serve.sources import JUNK_IDENTITY, MARKET_NAME, read_bytes
@@ -407,12 +406,8 @@ def _page(name: str) -> str:
 
 def require_free_port(host: str, port: int) -> None:
     """Say at once what would fail later. Raises: SimclrError if the port is busy."""
-    try:
-        with closing(socket.socket()) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise SimclrError(f"port {port} is busy or not allowed on {host} ({error.strerror}); use --port") from error
+    if reason := busy_reason(host, port):
+        raise SimclrError(f"port {port} is busy or not allowed on {host} ({reason}); use --port")
 
 
 def _theme() -> gr.themes.Base:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from serve.classify import Head
 from serve.encoder import Encoder, open_encoder
 from serve.errors import SimclrError, TritonStartError
 from serve.files import atomic_path
-from serve.gallery import Gallery
+from serve.gallery import MANIFEST_COPY_NAME, Gallery
+from serve.ports import HOST
 from serve.preprocess import ImageError, decode
 from serve.signals import stopped_by_sigterm
 from serve.sources import ImageSet, Sample, open_source, read_batches, read_bytes
 from serve.triton_client import TritonEncoder
-from serve.triton_server import HOST, TritonServer
+from serve.triton_server import TritonServer
 from train.checkpoint import CARD, CHECKPOINT, CONFIG, METRICS
 from train.config import PretrainConfig
 from train.data import preprocess_for
@@ -162,7 +163,7 @@ def _fitting_config(source: str, pictures: ImageSet, run: Path, minutes: float) 
     rate = samples_per_second(config, pictures)
     epochs = min(MOST_EPOCHS, max(1, round(rate * minutes * 60 / len(pictures.train), 2)))
     print(f"this machine trains {rate:.0f} pictures/s: {epochs:g} epochs", file=sys.stderr)
-    return PretrainConfig(**{field.name: getattr(config, field.name) for field in fields(config)} | {"epochs": epochs})
+    return replace(config, epochs=epochs)
 
 
 def _quality(encoder: TorchEncoder, source: str, pictures: ImageSet) -> dict[str, Any]:
@@ -258,9 +259,8 @@ def _transports(served: TritonEncoder, http: TritonEncoder, local: Encoder, samp
 @contextmanager
 def _gallery(folder: Path, encoder: Encoder, repository: Path, pictures: ImageSet) -> Iterator[Gallery]:
     samples = (pictures.gallery or pictures.test or pictures.everything)[:GALLERY_MOST]
-    if (folder / "gallery.json").exists() and json.loads((folder / "gallery.json").read_text())[
-        "encoder_id"
-    ] != encoder.encoder_id:
+    card = folder / MANIFEST_COPY_NAME
+    if card.exists() and json.loads(card.read_text())["encoder_id"] != encoder.encoder_id:
         shutil.rmtree(folder)  # left by an earlier demo in this folder, with another encoder
     with Gallery.open(folder, encoder, create=True) as gallery:
         gallery.encoder_spec = str(repository.absolute())  # Triton's address is gone when the demo ends
@@ -272,7 +272,7 @@ def _gallery(folder: Path, encoder: Encoder, repository: Path, pictures: ImageSe
 
 def _searches(gallery: Gallery, encoder: Encoder) -> dict[str, Any]:
     """Every picture must find itself; how alike its neighbours are; how long a search takes, embedding included."""
-    items = gallery.items(limit=len(gallery))
+    items = gallery.items()
     probes = items[:: -(-len(items) // SEARCHES)]
     found_itself, same, seconds = 0, [], []
     for probe in probes:

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from serve.contract import METADATA_KEY
 from serve.encoder import Encoder
 from serve.errors import SourceError
 from serve.files import atomic_path
 from serve.gallery import AddReport, Gallery
 from serve.reid import evaluate_market
-from serve.sources import JUNK_IDENTITY, Sample, Unreadable, open_source, read_batches
+from serve.sources import JUNK_IDENTITY, Sample, Unreadable, name_fault, open_source, read_batches
 
 
 def add_pictures(gallery: Gallery, samples: Sequence[Sample]) -> AddReport:
@@ -50,17 +51,17 @@ def embed_to_parquet(encoder: Encoder, source: str, path: Path) -> tuple[int, li
 
     Returns: the number of rows and what could not be read. Raises: SourceError, OSError.
     """
-    everything = open_source(source).everything
-    named, odd = ([sample for sample in everything if _is_utf8(sample.source) is fit] for fit in (True, False))
+    faults = [(sample, name_fault(sample.source)) for sample in open_source(source).everything]
+    named = [sample for sample, fault in faults if fault is None]
     vectors, samples, unreadable = embed_samples(encoder, named, "embedding")
-    unreadable += [Unreadable(sample.source, f"{sample.source}: its name is not UTF-8; rename it") for sample in odd]
+    unreadable += [Unreadable(sample.source, fault) for sample, fault in faults if fault is not None]
     columns: dict[str, Any] = {
         name: pa.array([getattr(sample, name) for sample in samples], pa.string())  # a string even where none is known
         for name in ("source", "label", "identity", "camera")
     }
     columns["time"] = pa.array([sample.time for sample in samples], pa.float64())
     columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    table = pa.table(columns).replace_schema_metadata({"simclr_manifest": encoder.manifest.model_dump_json()})
+    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: encoder.manifest.model_dump_json()})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
     return len(samples), unreadable
@@ -79,8 +80,8 @@ def evaluate_reid(encoder: Encoder, source: str) -> dict[str, Any]:
         raise SourceError(f"{source}: {error}") from error
     return {
         "rank1": float(report.cmc[0]),
-        "rank5": float(report.cmc[min(4, len(report.cmc) - 1)]),
-        "rank10": float(report.cmc[min(9, len(report.cmc) - 1)]),
+        "rank5": float(report.cmc[4]),
+        "rank10": float(report.cmc[9]),
         "map_step": report.map_step,
         "map_trapezoid": report.map_trapezoid,
         "minp": report.minp,
@@ -90,12 +91,3 @@ def evaluate_reid(encoder: Encoder, source: str) -> dict[str, Any]:
         "unreadable": len(lost) + len(unreadable),
         "encoder_id": encoder.encoder_id,
     }
-
-
-def _is_utf8(name: str) -> bool:
-    """False for bytes that Python reads as lone surrogates: Parquet cannot keep them."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

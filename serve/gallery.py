@@ -22,7 +22,7 @@ from serve.errors import EncoderMismatch, GalleryError
 from serve.files import atomic_path
 from serve.filters import Where, parse_where
 from serve.index import Index, unit_vectors
-from serve.sources import Sample, Unreadable, read_batches
+from serve.sources import Sample, Unreadable, name_fault, printable, read_batches
 
 CATALOG_NAME, INDEX_NAME, MANIFEST_COPY_NAME = "catalog.sqlite", "index.faiss", "gallery.json"
 log = logging.getLogger(__name__)
@@ -114,8 +114,7 @@ class Gallery:
         Raises: GalleryError; earlier batches stay.
         """
         unit = None if vectors is None else self._given(vectors, len(samples))
-        odd = [_printable(sample.source) for sample in samples if _odd(sample)]
-        unreadable = [Unreadable(name, f"{name}: its name is not UTF-8; rename it") for name in odd]
+        unreadable = [Unreadable(printable(s.source), fault) for s in samples if (fault := name_fault(s.source)) is not None]
         fresh = self._fresh(samples)
         todo = [samples[place] for place in fresh]
         batches = self._embedded(todo, batch_size) if unit is None else _cut(todo, unit[fresh], batch_size)
@@ -138,7 +137,7 @@ class Gallery:
         """Where the sources that are not in the gallery stand first."""
         places: dict[str, int] = {}
         for place, sample in enumerate(samples):
-            if not _odd(sample):
+            if name_fault(sample.source) is None:
                 places.setdefault(sample.source, place)
         for source in self._catalog.known_sources(places):
             del places[source]
@@ -274,15 +273,6 @@ def _where(where: str | Where | None) -> Where:
 def _cut(samples: list[Sample], vectors_ND: NDArray[np.float32], batch_size: int) -> Iterator[_Batch]:
     for start in range(0, len(samples), batch_size):
         yield samples[start : start + batch_size], vectors_ND[start : start + batch_size], []
-
-
-def _odd(sample: Sample) -> bool:
-    """Whether the name holds bytes that are no UTF-8 (Python reads them as lone surrogates), which SQLite cannot keep."""
-    return any("\ud800" <= character <= "\udfff" for character in sample.source)
-
-
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _prepare_folder(folder: Path, encoder: Encoder | None) -> Facts | None:

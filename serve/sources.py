@@ -138,6 +138,20 @@ def read_batches(
             yield [sample for sample, _ in good], stacked, [result for result in results if isinstance(result, Unreadable)]
 
 
+def printable(source: str) -> str:
+    """A name as text; other than the name itself where that holds bytes that are no UTF-8.
+
+    Python reads such bytes as lone surrogates, which neither SQLite nor Parquet can keep.
+    """
+    return source.encode("utf-8", "backslashreplace").decode()
+
+
+def name_fault(source: str) -> str | None:
+    """Why a picture of this name is left out, in one line; None if nothing is wrong with it."""
+    shown = printable(source)
+    return None if shown == source else f"{shown}: its name is not UTF-8; rename it"
+
+
 def _read_one(sample: Sample, preprocess: Preprocess) -> NDArray[np.uint8] | Unreadable:
     try:
         return load_image(read_bytes(sample.source), preprocess)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,13 +19,13 @@ from types import TracebackType
 from typing import Self
 
 from serve.errors import SimclrError, TritonStartError
+from serve.ports import HOST, busy_reason, free_port
 from serve.signals import stopped_by_sigterm
 from serve.triton_runtime import find_runtime, install_runtime, runtime_folder
 
 START_TIMEOUT_S = 300.0
 """Large graphs and TensorRT engines take their time."""
 STOP_TIMEOUT_S = 15.0
-HOST = "127.0.0.1"
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 """prctl(PR_SET_PDEATHSIG, SIGTERM), then become tritonserver: the server does not outlive us, not even our kill -9.
 A launcher, because subprocess's preexec_fn is unsafe in a program with threads."""
@@ -146,13 +145,6 @@ class TritonServer:
             time.sleep(0.1)
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 def serve(server: TritonServer) -> None:
     """`simclr triton`: run until Ctrl-C or SIGTERM. Raises: TritonStartError."""
     with suppress(KeyboardInterrupt), stopped_by_sigterm(), server:
@@ -168,14 +160,8 @@ def _require_models(repository: Path) -> None:
 
 
 def _require_free(kind: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was closed a moment ago is free
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise TritonStartError(
-                f"port {port} cannot be used ({error.strerror}); choose another with --{kind}-port"
-            ) from error
+    if reason := busy_reason(HOST, port):
+        raise TritonStartError(f"port {port} cannot be used ({reason}); choose another with --{kind}-port")
 
 
 def _shared_memory(backend: str, folder: Path) -> str:

@@ -71,9 +71,7 @@ def fit_head(vectors: NDArray[np.float32], groups: Sequence[str], encoder_id: st
     """
     classes = sorted(set(groups))
     if len(classes) < 2:
-        raise TrainingError(
-            f"a head needs at least two classes, got {classes}; put each class in a sub-folder or a CSV's label column"
-        )
+        raise TrainingError(f"a head needs at least two classes, got {classes}; {HOW_TO_LABEL}")
     number = {name: index for index, name in enumerate(classes)}
     x, y = torch.from_numpy(vectors), torch.tensor([number[name] for name in groups])
     held = torch.arange(len(x)) % HELD_BACK == min(HELD_BACK, len(x)) - 1  # at least one
@@ -194,9 +192,7 @@ class OnlineKnn:
             empty = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
             return cls(empty, (), empty, ())
         bank, queries = (load_pixels(part, preprocess) for part in parts)
-        return cls(
-            bank.images, tuple(str(s.group) for s in bank.samples), queries.images, tuple(str(s.group) for s in queries.samples)
-        )
+        return cls(bank.images, groups_of(bank.samples), queries.images, groups_of(queries.samples))
 
     @property
     def has_labels(self) -> bool:
