@@ -2,7 +2,6 @@
 PYTHON ?= python3
 DEMO_ARGS ?=
 TEST_ARGS ?=
-BENCH_ARGS ?=
 REPOSITORY ?= model_repository
 TRITON_ARGS ?=
 
@@ -31,8 +30,11 @@ check: $(INSTALLED) ## lint, format, types, import rules, unit and contract test
 	$(BIN)/lint-imports > .lint-imports.log || { cat .lint-imports.log; exit 1; }
 	$(BIN)/python -m pytest -q tests/unit tests/contract
 
-bench: $(INSTALLED) .venv-peers/.installed ## throughput of pretraining beside lightly's example (BENCH_ARGS=--help)
-	$(BIN)/python benchmarks/pretrain.py --peer-python .venv-peers/bin/python $(BENCH_ARGS)
+bench: $(INSTALLED) .venv-peers/.installed ## loss, augmentation and pretraining beside lightly (about 30 minutes)
+	$(BIN)/python benchmarks/loss.py --peer-python .venv-peers/bin/python
+	$(BIN)/python benchmarks/augment.py --peer-python .venv-peers/bin/python
+	$(BIN)/python benchmarks/throughput.py --peer-python .venv-peers/bin/python
+	$(BIN)/python benchmarks/pretrain.py --peer-python .venv-peers/bin/python
 
 triton: $(INSTALLED) $(RUNTIME) ## serve REPOSITORY=model_repository with the real Triton server
 	$(BIN)/simclr triton --repository $(REPOSITORY) $(TRITON_ARGS)

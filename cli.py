@@ -5,22 +5,25 @@ Heavy modules are imported inside `__call__`, so that `--help` answers at once a
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import math
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias, cast, get_args
 
 import tyro
 from tyro.conf import Positional, arg
 
 from serve.errors import ContractError, GalleryError, SimclrError, SourceError
 from serve.preprocess import ImageError
-from train.config import PretrainConfig
+from train.config import Arch, PresetName, PretrainConfig, Stem
 
 if TYPE_CHECKING:
     from serve.encoder import Encoder
@@ -61,7 +64,35 @@ class Pretrain(PretrainConfig):
     def __call__(self) -> None:
         from train.pretrain import pretrain
 
-        print(pretrain(self))
+        run = pretrain(self)
+        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
+            print(run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportWeights:
+    """Make a RUN folder of an encoder trained elsewhere: torchvision, lightly, solo-learn, VISSL, official SimCLR ..."""
+
+    weights: Path
+    """State dict: .pth, .ckpt or .safetensors."""
+    run: Path
+    """Folder to write."""
+    pixels: Literal["auto", "official", "unit", "imagenet", "cifar10", "cifar100", "stl10"] = "auto"
+    """What it was trained on. Default: what its project does."""
+    image_size: int | None = None
+    """Pixels of the input. Default: 224, or 32 with a 3x3 stem."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and not 16 <= self.image_size <= 1024:
+            raise ContractError(f"--image-size is {self.image_size}, wanted 16 to 1024")
+
+    def __call__(self) -> None:
+        from train.weights import read_weights
+
+        weights = read_weights(self.weights, pixels=self.pixels, size_px=self.image_size)
+        manifest = weights.save(self.run)
+        print(weights.summary())
+        print(f"{self.run}: encoder {manifest.encoder_id}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +105,110 @@ class Evaluate:
     """Labelled pictures to learn from (class = sub-folder, or a CSV); their own test split is used if they have one."""
     test: str | None = None
     """Labelled pictures to score on. Default: the test split of --images, else every fifth of them."""
-    protocol: Literal["knn", "linear"] = "knn"
-    """knn: vote of the 200 nearest at temperature 0.1. linear: logistic regression on frozen features."""
+    protocol: Literal["knn", "linear", "linear-sgd", "finetune", "imagenet-linear", "places205"] = "knn"
+    """knn: vote of the 200 nearest at temperature 0.1. linear: logistic regression on frozen features. The others train a RUN
+    as the literature does (docs/evaluation.md)."""
+    label_fraction: float = 1.0
+    """finetune: share of every class's labels, such as 0.01."""
+    label_list: Annotated[Path | None, arg(metavar="FILE")] = None
+    """finetune: names of the pictures to learn from instead, one a line (the official 1percent.txt)."""
+    start: Annotated[Literal["encoder", "head"], arg(name="from")] = "encoder"
+    """finetune: from the encoder (SimCLR) or the first layer of its projection head (SimCLR v2)."""
+    save: Annotated[Path | None, arg(metavar="RUN")] = None
+    """finetune: new folder for the fine-tuned encoder."""
+    epochs: float | None = None
+    """Other than the protocol's."""
+    batch_size: int | None = None
+    """Other than the protocol's; the learning rate follows."""
+    seed: int = 0
+    """Of the order, the crops and the choice of labels."""
     json: Annotated[Path | None, arg(metavar="FILE")] = None
     """Also write the figures there."""
 
-    def __call__(self) -> None:
-        from train.probe import evaluate
+    def __post_init__(self) -> None:
+        choices = self.label_fraction, self.label_list, self.start, self.save
+        if self.protocol != "finetune" and choices != (1, None, "encoder", None):
+            raise SimclrError("--label-fraction, --label-list, --from and --save belong to --protocol finetune")
+        if self.protocol in ("knn", "linear") and (self.epochs, self.batch_size) != (None, None):
+            raise SimclrError(f"--protocol {self.protocol} has neither --epochs nor --batch-size")
+        if not 0 < self.label_fraction <= 1:
+            raise SimclrError(f"--label-fraction is {self.label_fraction}, wanted more than 0 and at most 1")
+        if self.epochs is not None and not 0.001 <= self.epochs < math.inf:
+            raise SimclrError(f"--epochs is {self.epochs}, wanted at least 0.001")
+        if self.batch_size is not None and self.batch_size < 2:
+            raise SimclrError(f"--batch-size is {self.batch_size}, wanted at least 2")
 
-        report = evaluate(open_encoder(self.encoder), self.images, self.test, self.protocol)
-        _write_json(self.json, report)
-        print(
-            f"{report['protocol']} accuracy {report['accuracy']:.2%} on {report['queries']} pictures, "
-            f"{report['classes']} classes, {report['bank']} to learn from (chance {report['chance']:.2%})"
+    def __call__(self) -> None:
+        from train.protocols import evaluate, report_lines
+
+        report = evaluate(
+            open_encoder(self.encoder),
+            self.images,
+            self.test,
+            self.protocol,
+            run=Path(self.encoder) if (Path(self.encoder) / "encoder.json").is_file() else None,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            label_fraction=self.label_fraction,
+            label_list=self.label_list,
+            start=self.start,
+            save=self.save,
+            seed=self.seed,
         )
+        _write_json(self.json, report)
+        print("\n".join(report_lines(report)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Teach a small network the answers of a large one, on pictures without labels (SimCLR v2)."""
+
+    teacher: str
+    """A RUN folder, a model repository, or grpc://host:port/NAME, http://host:port/NAME."""
+    head: Path
+    """HEAD.npz of `simclr fit-head` on the teacher's vectors."""
+    images: str
+    """Folder, .csv, .zip, .tar or a known dataset's root; labels are used for scoring only."""
+    run: Path
+    """Folder for the student: encoder, head.npz and checkpoint."""
+    arch: Arch = "resnet18"
+    """Depth of the student's ResNet."""
+    width: float = 1.0
+    """Width multiplier of every stage."""
+    stem: Stem | None = None
+    """First layers. Default: by the size of the teacher's input."""
+    temperature: float = 1.0
+    """Of the answers: 1.0 for a smaller student, 0.1 for one of the teacher's own kind."""
+    batch_size: int = 256
+    """Pictures per step; the peak of LARS is 0.1 * its square root."""
+    epochs: float = 400
+    """Passes over the pictures."""
+    weight_decay: float = 1e-4
+    """Of all weights but batch norms and biases."""
+    seed: int = 0
+    """Of weights, order and crops."""
+    resume: bool = False
+    """Go on from RUN's checkpoint."""
+
+    def __post_init__(self) -> None:
+        limits = ("batch-size", self.batch_size, 2), ("epochs", self.epochs, 0.001), ("width", self.width, 0.125)
+        for name, value, minimum in limits:
+            if not minimum <= value < math.inf:
+                raise SimclrError(f"--{name} is {value}, wanted at least {minimum}")
+        if not self.temperature > 0:
+            raise SimclrError(f"--temperature is {self.temperature}, wanted more than 0")
+        if not 0 <= self.weight_decay <= 1:
+            raise SimclrError(f"--weight-decay is {self.weight_decay}, wanted 0 to 1")
+
+    def __call__(self) -> None:
+        from serve.classify import Head
+        from train.distill import distill, report_line
+
+        settings = dict(vars(self))
+        teacher, head = open_encoder(settings.pop("teacher")), Head.load(settings.pop("head"))
+        report = distill(teacher, head, settings.pop("images"), settings.pop("run"), **settings)
+        print(self.run)
+        print(report_line(report))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,8 +473,10 @@ class App:
 VERBS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "pretrain": Pretrain,
+    "import-weights": ImportWeights,
     "evaluate": Evaluate,
     "fit-head": FitHead,
+    "distill": Distill,
     "export": Export,
     "triton": Triton,
     "embed": Embed,
@@ -395,12 +518,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: list[str]) -> Callable[[], None]:
     groups = {verb.split()[0] for verb in VERBS if " " in verb}
-    if argv and argv[0] in groups:
+    if argv[:1] == ["pretrain"]:
+        command = tyro.cli(Pretrain, prog="simclr pretrain", args=argv[1:], default=_preset(argv[1:]), config=MARKERS)
+    elif argv and argv[0] in groups:
         group = {verb.split()[1]: command for verb, command in VERBS.items() if verb.startswith(f"{argv[0]} ")}
         command = tyro.extras.subcommand_cli_from_dict(group, prog=f"simclr {argv[0]}", args=argv[1:], config=MARKERS)
     else:
         command = tyro.extras.subcommand_cli_from_dict(VERBS, prog="simclr", description=SUMMARY, args=argv, config=MARKERS)
     return cast("Callable[[], None]", command)
+
+
+def _preset(argv: list[str]) -> Pretrain | None:
+    """The settings that `--preset NAME` stands for: what the options beside it start from."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=get_args(PresetName))
+    try:
+        name = parser.parse_known_args(argv)[0].preset
+    except argparse.ArgumentError:  # tyro says it better
+        return None
+    if name is None:
+        return None
+    from train.presets import PRESETS
+
+    missing: Any = tyro.MISSING
+    return Pretrain(**vars(PRESETS[name](missing, missing)))
 
 
 def _check_ports(**ports: int) -> None:

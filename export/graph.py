@@ -1,4 +1,4 @@
-"""A trained encoder as one ONNX graph: uint8 NHWC -> scale -> encoder -> L2 norm, the manifest in its metadata."""
+"""A trained encoder as one ONNX graph: uint8 NHWC -> scale, mean and std -> encoder -> L2 norm, the manifest within."""
 
 from __future__ import annotations
 

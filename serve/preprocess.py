@@ -37,19 +37,33 @@ class ImageError(ValueError):
     """One picture that cannot be read; the message says why in one line."""
 
 
-def load_image(source: str | Path | bytes | Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:
+TRAITS = ("grey", "16-bit", "CMYK", "EXIF-rotated", "animated")
+"""What `decode` can tell of a file: see `_traits`."""
+
+
+def load_image(
+    source: str | Path | bytes | Image.Image, preprocess: Preprocess, traits: list[str] | None = None
+) -> NDArray[np.uint8]:
     """Read one picture as the encoder wants it.
 
-    Returns: uint8 (height_px, width_px, 3), RGB. Raises: ImageError.
+    Args: traits, a list that gains those of TRAITS that the file has. Returns: uint8 (height_px, width_px, 3), RGB.
+    Raises: ImageError.
     """
-    return prepare(source, **preprocess.model_dump())
+    return prepare(source, **preprocess.model_dump(), traits=traits)
 
 
 def prepare(
-    source: str | Path | bytes | Image.Image, *, height_px: int, width_px: int, resize: str, crop: float, resample: str
+    source: str | Path | bytes | Image.Image,
+    *,
+    height_px: int,
+    width_px: int,
+    resize: str,
+    crop: float,
+    resample: str,
+    traits: list[str] | None = None,
 ) -> NDArray[np.uint8]:
     """`load_image` with the contract as plain values, for the copy that runs inside Triton."""
-    image = decode(source)
+    image = decode(source, traits)
     box = crop_box(image.width, image.height, height_px / width_px, crop) if resize == "center_crop" else None
     resized = image.resize((width_px, height_px), Image.Resampling[resample.upper()], box=box)
     return np.asarray(resized, dtype=np.uint8)
@@ -63,15 +77,22 @@ def crop_box(width: int, height: int, aspect_hw: float, crop: float) -> tuple[fl
     return left, top, left + box_width, top + box_height
 
 
-def decode(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """Decode, upright (EXIF), first frame, 8-bit RGB; transparency is laid on white. Raises: ImageError."""
+def decode(source: str | Path | bytes | Image.Image, traits: list[str] | None = None) -> Image.Image:
+    """Decode, upright (EXIF), first frame, 8-bit RGB; transparency is laid on white. Raises: ImageError.
+
+    Args: traits, a list that gains those of TRAITS that the file has.
+    """
     name = "image" if isinstance(source, (bytes, Image.Image)) else str(source).replace("\n", "?")
     try:
         image = source if isinstance(source, Image.Image) else Image.open(_file(source))
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{name}: {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are accepted; shrink it")
+        deep = _is_deep(image)  # load() forgets it
         image.load()
-        return _rgb(_upright(image))
+        upright = _upright(image)
+        if traits is not None:
+            traits += _traits(image, deep=deep, turned=upright is not image)
+        return _rgb(upright)
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types
@@ -99,9 +120,30 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(turn) if turn is not None else image
 
 
+def _traits(image: Image.Image, *, deep: bool, turned: bool) -> list[str]:
+    """Those of TRAITS that hold: 16-bit is anything deeper than 8, animated any file of several frames or pages."""
+    try:
+        animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo and its previews
+    except Exception:  # a damaged second frame does not cost the first
+        animated = True
+    grey = image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+    flags = (grey, deep, image.mode == "CMYK", turned, animated)
+    return [trait for trait, holds in zip(TRAITS, flags, strict=True) if holds]
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Deeper than 8 bits a channel. Pillow reads 16-bit RGB as 8-bit; its raw mode (`RGB;16B`) still tells before loading."""
+    tile = getattr(image, "tile", None)
+    arguments = tile[0][3] if tile else ()
+    raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return image.mode.startswith(("I", "F")) or (isinstance(raw_mode, str) and ";16" in raw_mode)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # Pillow would clip 16 bits to white
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        if image.mode == "F" and 0 < values.max(initial=0) <= 1:  # floats in [0, 1] would all be black
+            values = values * 255
         values = values / 257 if values.max(initial=0) > 255 else values
         return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

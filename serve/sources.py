@@ -1,39 +1,47 @@
-"""Where pictures come from: a folder, a CSV, a .zip or .tar read in place, a Market-1501 root.
+"""Where pictures come from: a folder, a CSV, a .zip or .tar read in place, shards, a Market-1501 or CIFAR root.
 
 One rule set reads all of them: the layout is recognised from the members' relative paths. A picture is named by its
-`source`, a path or `archive.zip!/member`, which `read_bytes` opens again later (thumbnails, re-embedding).
+`source`, a path, `archive.zip!/member` or `batch.bin!/row`, which `read_bytes` opens again later (thumbnails, re-embedding).
 """
 
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
 import re
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
 
+from serve import archives, cifar, shards
 from serve.contract import Preprocess
 from serve.errors import SourceError
-from serve.preprocess import ImageError, load_image
+from serve.listing import list_files
+from serve.preprocess import TRAITS, ImageError, decode, load_image
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)(?:s(\d+)_(\d+))?")
 _MARKET_STRICT = re.compile(r"-?\d+_c\d+s\d+_\d+_\d+\.\w+$")
 JUNK_IDENTITY = "-1"
 """Market-1501's mark for boxes that count neither as right nor as wrong."""
-_MEMBER = re.compile(r"(?<=\.zip|\.tar)!/", re.IGNORECASE)  # a folder may be called `wow!`
+_MEMBER = re.compile(r"(?<=\.zip|\.tar|\.bin)!/", re.IGNORECASE)  # a folder may be called `wow!`
 _TRAIN_FOLDERS, _TEST_FOLDERS = ("train",), ("test", "val")
+_log = logging.getLogger(__name__)
+_Picture = TypeVar("_Picture")
+_SHARD_WORD = re.compile(r"[-_.]")
 
 
 @dataclass(frozen=True)
@@ -76,25 +84,14 @@ class Unreadable:
 
 
 def open_source(source: str | Path) -> ImageSet:
-    """List the pictures of a folder, CSV, .zip, .tar (or `archive!/folder`). Raises: SourceError if there are none."""
-    text = str(source)
-    location, inner = _split(text)
-    path = Path(location).absolute()  # sources are kept in galleries, which outlive the working folder
-    if not text or not path.exists():  # no text at all would be the working folder
-        raise SourceError(f"{location or 'no name given'}: no such file or folder; --images wants a folder, .csv, .zip or .tar")
-    if path.is_dir():
-        images = _by_layout(_folder_members(path), lambda member: str(path / member))
-    elif path.suffix.lower() == ".csv":
-        images = ImageSet(train=tuple(_csv_samples(path)))
-    elif path.suffix.lower() in (".zip", ".tar"):
-        prefix = f"{inner.strip('/')}/" if inner else ""
-        members = [name.removeprefix(prefix) for name in _archive_members(path) if name.startswith(prefix)]
-        images = _by_layout(members, lambda member: f"{path}!/{prefix}{member}")
-    else:
-        raise SourceError(f"{text}: wanted a folder, .csv, .zip or .tar; pack or unpack it as one of these")
+    """List the pictures of a folder, CSV, .zip, .tar (or `archive!/folder`), or of shards such as `train-{000..127}.tar`.
+
+    Raises: SourceError if there are none.
+    """
+    images = _open(str(source))
     if not images.everything:
         raise SourceError(
-            f"{text}: holds no pictures (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); is it the right folder?"
+            f"{source}: holds no pictures (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); is it the right folder?"
         )
     return images
 
@@ -105,13 +102,12 @@ def read_bytes(source: str) -> bytes:
     try:
         if not member:
             return Path(source).read_bytes()
-        modified_ns = Path(location).stat().st_mtime_ns
-        if location.lower().endswith(".zip"):
-            return _open_zip(location, modified_ns).read(member)
-        offset, size = _tar_index(location, modified_ns)[member]
-        with Path(location).open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        if location.lower().endswith(".bin"):
+            return cifar.read_row(location, 0, Path(location).stat().st_size, location, member)
+        batch, row = _split(member)
+        if row:
+            return cifar.read_row(location, *archives.tar_place(location, batch), batch, row)
+        return archives.read_member(location, member)
     except KeyError as error:
         raise SourceError(f"{source}: cannot be read (the archive has no such member)") from error
     except Exception as error:  # zipfile and its codecs raise a dozen unrelated types: encrypted, damaged, unknown method
@@ -120,22 +116,40 @@ def read_bytes(source: str) -> bytes:
 
 
 def read_batches(
-    samples: Sequence[Sample], preprocess: Preprocess, batch_size: int = 256
+    samples: Sequence[Sample], preprocess: Preprocess, batch_size: int = 256, traits: Counter[str] | None = None
 ) -> Iterator[tuple[list[Sample], NDArray[np.uint8], list[Unreadable]]]:
-    """Decode pictures on all cores, in order.
+    """Decode pictures on all cores, in order. `traits` counts the pictures that are grey, 16-bit and so on (TRAITS).
 
     Yields: the samples that could be read, their pixels uint8 (n, height_px, width_px, 3), and those left out.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter lock while it decodes
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
-            results = list(pool.map(partial(_read_one, preprocess=preprocess), chunk))
+            noted: list[list[str]] = [[] for _ in chunk]
+            results = list(pool.map(partial(_read_one, preprocess=preprocess), chunk, noted))
+            if traits is not None:
+                traits.update(trait for traits_of_one in noted for trait in traits_of_one)
             good = [
                 (sample, pixels) for sample, pixels in zip(chunk, results, strict=True) if not isinstance(pixels, Unreadable)
             ]
             shape = (0, preprocess.height_px, preprocess.width_px, 3)
             stacked = np.stack([pixels for _, pixels in good]) if good else np.empty(shape, np.uint8)
             yield [sample for sample, _ in good], stacked, [result for result in results if isinstance(result, Unreadable)]
+
+
+def read_picture(source: str, traits: list[str] | None = None) -> Image.Image | Unreadable:
+    """One picture as `serve.preprocess.decode` gives it, or why it is left out. `traits` gains those that it has."""
+    return _attempt(source, partial(decode, traits=traits))
+
+
+def describe_traits(traits: Mapping[str, int]) -> str:
+    """What `read_batches` counted, as part of a sentence; empty if nothing stood out."""
+    notes = {
+        "16-bit": "16-bit (scaled to 8)",
+        "animated": "animated (first frame used)",
+        "EXIF-rotated": "EXIF-rotated (turned upright)",
+    }
+    return ", ".join(f"{traits[trait]:,} {notes.get(trait, trait)}" for trait in TRAITS if traits.get(trait))
 
 
 def printable(source: str) -> str:
@@ -152,13 +166,17 @@ def name_fault(source: str) -> str | None:
     return None if shown == source else f"{shown}: its name is not UTF-8; rename it"
 
 
-def _read_one(sample: Sample, preprocess: Preprocess) -> NDArray[np.uint8] | Unreadable:
+def _read_one(sample: Sample, traits: list[str], preprocess: Preprocess) -> NDArray[np.uint8] | Unreadable:
+    return _attempt(sample.source, partial(load_image, preprocess=preprocess, traits=traits))
+
+
+def _attempt(source: str, read: Callable[[bytes], _Picture]) -> _Picture | Unreadable:
     try:
-        return load_image(read_bytes(sample.source), preprocess)
+        return read(read_bytes(source))
     except SourceError as error:
-        return Unreadable(sample.source, str(error))
+        return Unreadable(source, str(error))
     except ImageError as error:  # it was given bytes, and so calls them "image"
-        return Unreadable(sample.source, f"{sample.source}{str(error).removeprefix('image')}")
+        return Unreadable(source, f"{source}{str(error).removeprefix('image')}")
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -167,30 +185,78 @@ def _split(source: str) -> tuple[str, str]:
     return location, "".join(members)
 
 
-def _folder_members(root: Path) -> list[str]:
-    return [Path(folder, name).relative_to(root).as_posix() for folder, _, names in os.walk(root) for name in names]
+def _open(text: str) -> ImageSet:
+    if paths := shards.expand_braces(text):
+        return _from_shards(paths)
+    location, inner = _split(text)
+    path = Path(location).absolute()  # sources are kept in galleries, which outlive the working folder
+    if not text or not path.exists():  # no text at all would be the working folder
+        raise SourceError(f"{location or 'no name given'}: no such file or folder; --images wants a folder, .csv, .zip or .tar")
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix.lower() == ".csv":
+        return ImageSet(train=tuple(_csv_samples(path)))
+    if path.suffix.lower() in (".zip", ".tar"):
+        return _from_archive(path, f"{inner.strip('/')}/" if inner else "")
+    raise SourceError(f"{text}: wanted a folder, .csv, .zip or .tar; pack or unpack it as one of these")
 
 
-def _archive_members(path: Path) -> list[str]:
+def _from_folder(path: Path) -> ImageSet:
     try:
-        modified_ns = path.stat().st_mtime_ns
-        if path.suffix.lower() == ".zip":
-            return [name for name in _open_zip(str(path), modified_ns).namelist() if not name.endswith("/")]  # no folders
-        return list(_tar_index(str(path), modified_ns))
-    except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise SourceError(f"{path}: not a readable archive ({error}); compressed .tar files must be unpacked") from error
+        members = list_files(path)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be listed ({error.strerror})") from error
+    if any(map(_is_picture, members)):
+        return _by_layout(members, lambda member: str(path / member))
+    if batches := cifar.batch_files(members):
+        return _from_cifar([str(path / batch) for batch in batches])
+    return _from_shards([path / member for member in members if member.lower().endswith(".tar")])
 
 
-@lru_cache(maxsize=8)
-def _open_zip(location: str, _modified_ns: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(location)
+def _from_archive(path: Path, prefix: str = "") -> ImageSet:
+    members = [name.removeprefix(prefix) for name in archives.member_names(path) if name.startswith(prefix)]
+    pictures = sorted(filter(_is_picture, members))
+    if path.suffix.lower() == ".tar":
+        if not pictures and (batches := cifar.batch_files(members)):
+            return _from_cifar([f"{path}!/{prefix}{batch}" for batch in batches])
+        if facts := shards.pictures_with_facts(path, [f"{prefix}{picture}" for picture in pictures]):
+            return _labelled({f"{path}!/{picture}": known for picture, known in facts.items()}, f"{path}!/{prefix}")
+    return _by_layout(members, lambda member: f"{path}!/{prefix}{member}")
 
 
-@lru_cache(maxsize=8)
-def _tar_index(location: str, _modified_ns: int) -> dict[str, tuple[int, int]]:
-    with tarfile.open(location, "r:") as archive:
-        members = [member for member in archive if member.isfile()]
-    return {member.name.removeprefix("./"): (member.offset_data, member.size) for member in members}  # ./: tar -C folder .
+def _labelled(facts: Mapping[str, Mapping[str, str]], prefix: str) -> ImageSet:
+    """Pictures with sidecars: the roles are the folders', the rest is what the sidecars say, by source."""
+    images = _by_layout([source.removeprefix(prefix) for source in facts], lambda member: f"{prefix}{member}")
+    roles = {role: getattr(images, role) for role in ("train", "test", "query", "gallery")}
+    return ImageSet(
+        **{role: tuple(_shard_sample(old.source, facts[old.source]) for old in samples) for role, samples in roles.items()}
+    )
+
+
+def _from_shards(paths: Sequence[Path]) -> ImageSet:
+    """All pictures of several .tar files; a split where some, or their folders, are called train and others test or val."""
+    words = [(_SHARD_WORD.split(path.name.lower())[0], path.parent.name.lower()) for path in paths]
+    tops = [next((word for word in pair if word in _TRAIN_FOLDERS + _TEST_FOLDERS), "") for pair in words]
+    split = bool(set(tops) & set(_TRAIN_FOLDERS)) and bool(set(tops) & set(_TEST_FOLDERS))
+    roles: dict[str, list[Sample]] = {"train": [], "test": [], "query": [], "gallery": []}
+    with tqdm(paths, desc="indexing", unit=" shards", delay=1, leave=False, dynamic_ncols=True) as bar:
+        for path, top in zip(bar, tops, strict=True):
+            images = _from_archive(path)
+            if not images.everything:
+                _log.warning("%s: holds no pictures", path)
+            roles["test" if split and top in _TEST_FOLDERS else "train"] += images.train
+            for role in ("test", "query", "gallery"):
+                roles[role] += getattr(images, role)
+    return _image_set(roles)
+
+
+def _from_cifar(batches: Sequence[str]) -> ImageSet:
+    """Every row of these .bin files, named in full."""
+    roles: dict[str, list[Sample]] = {"train": [], "test": []}
+    for batch in batches:
+        role = "test" if cifar.is_test(batch) else "train"
+        roles[role] += [Sample(f"{batch}!/{row}", label=label) for row, label in cifar.batch_rows(batch, read_bytes)]
+    return _image_set(roles)
 
 
 def _by_layout(members: list[str], name: Callable[[str], str]) -> ImageSet:
@@ -224,9 +290,10 @@ def _image_set(roles: dict[str, list[Sample]]) -> ImageSet:
 
 
 def _is_picture(member: str) -> bool:
-    parts = PurePosixPath(member).parts
-    return PurePosixPath(member).suffix.lower() in IMAGE_SUFFIXES and not any(
-        part.startswith((".", "__MACOSX")) for part in parts
+    """By its ending, and not hidden. No pathlib: this is asked of every file of a large tree."""
+    *folders, name = member.split("/")
+    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not any(
+        part.startswith((".", "__MACOSX")) and part != "." for part in (*folders, name)
     )
 
 
@@ -248,6 +315,19 @@ def _market_sample(source: str, member: str) -> list[Sample]:
     return [Sample(source, identity=identity, camera=str(int(camera)), time=float(frame) if frame else None)]
 
 
+def _shard_sample(source: str, facts: Mapping[str, str]) -> Sample:
+    try:
+        return _sample(source, facts)
+    except ValueError as error:
+        raise SourceError(f"{source}: its .json says time is {facts['time']!r}, wanted seconds or an ISO 8601 time") from error
+
+
+def _sample(source: str, fields: Mapping[str, str]) -> Sample:
+    """A sample from fields given as text. Raises: ValueError for a time that is none, TypeError for another field."""
+    others = {key: value for key, value in fields.items() if key != "time"}
+    return Sample(source=source, time=_seconds(fields["time"]) if "time" in fields else None, **others)
+
+
 def _csv_samples(path: Path) -> Iterator[Sample]:
     try:
         yield from _csv_rows(path)
@@ -265,8 +345,7 @@ def _csv_rows(path: Path) -> Iterator[Sample]:
         for line, row in enumerate(reader, start=2):
             try:
                 filled = {key: value for key, value in row.items() if value}
-                time = _seconds(filled.pop("time")) if "time" in filled else None
-                yield Sample(source=str(path.parent / filled.pop("path")), time=time, **filled)
+                yield _sample(str(path.parent / filled.pop("path")), filled)
             except (KeyError, ValueError, TypeError) as error:
                 raise SourceError(f"{path}, line {line}: {row} is not path[,label,identity,camera,time] ({error})") from error
 

@@ -1,6 +1,6 @@
 """What a run leaves on disk: a checkpoint to go on from, and the encoder to export. Files appear whole or not at all.
 
-RUN/config.json, checkpoint.pt, encoder.safetensors + encoder.json, metrics.jsonl, tensorboard/
+RUN/config.json, checkpoint.pt, encoder.safetensors + encoder.json, metrics.jsonl, contact_sheet.png, tensorboard/
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import JsonValue
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from serve.contract import Manifest, Preprocess, TensorSpec, file_sha256
@@ -20,12 +20,13 @@ from serve.errors import ContractError, TrainingError
 from serve.files import atomic_path
 from train.encoder import Encoder
 
-CHECKPOINT, WEIGHTS, CARD, CONFIG, METRICS = (
+CHECKPOINT, WEIGHTS, CARD, CONFIG, METRICS, CONTACT_SHEET = (
     "checkpoint.pt",
     "encoder.safetensors",
     "encoder.json",
     "config.json",
     "metrics.jsonl",
+    "contact_sheet.png",
 )
 
 
@@ -60,11 +61,11 @@ def write_config(run: Path, config: dict[str, JsonValue]) -> None:
 
 
 def save_encoder(run: Path, encoder: Encoder, preprocess: Preprocess, training: dict[str, JsonValue]) -> Manifest:
-    """Write RUN/encoder.safetensors and its card RUN/encoder.json."""
+    """Write RUN/encoder.safetensors and its card RUN/encoder.json, which gets the network's facts besides `training`."""
     with atomic_path(run / WEIGHTS) as path:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
         try:
-            save_file(state, path)
+            save_file(state, path, _extras(encoder))
         except SafetensorError as error:
             raise OSError(f"{run / WEIGHTS}: cannot be written ({error}); is the disk full?") from error
     manifest = Manifest.create(
@@ -77,7 +78,7 @@ def save_encoder(run: Path, encoder: Encoder, preprocess: Preprocess, training: 
         precision="fp32",
         weights_sha256=file_sha256(run / WEIGHTS),
         parity=None,
-        training=training,
+        training=training | encoder.facts,
     )
     with atomic_path(run / CARD) as path:
         path.write_text(manifest.model_dump_json(indent=2) + "\n")
@@ -93,8 +94,19 @@ def load_encoder(run: Path) -> tuple[Encoder, Manifest]:
         if file_sha256(run / WEIGHTS) != manifest.weights_sha256:
             raise ContractError(f"{run}: {WEIGHTS} is not the file that {CARD} describes; resume the run to write both again")
         training: dict[str, Any] = manifest.training
-        encoder = Encoder(training["arch"], training["width"], training["stem"])
+        encoder = Encoder.from_facts(training)
         encoder.load_state_dict(load_file(run / WEIGHTS))
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        with safe_open(run / WEIGHTS, "pt") as file:
+            if file.metadata() != _extras(encoder):
+                raise ContractError(f"{run}: {WEIGHTS} and {CARD} say different pixels or borders; write both again")
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise ContractError(f"{run}: {WEIGHTS} does not fit {CARD} ({str(error).splitlines()[0]})") from error
     return encoder.eval(), manifest
+
+
+def _extras(encoder: Encoder) -> dict[str, str] | None:
+    """What changes the vectors but not the weights goes into the weights' file, because its digest makes the encoder_id.
+
+    One entry: safetensors writes several in any order.
+    """
+    return {"encoder": json.dumps(encoder.extras, sort_keys=True)} if encoder.extras else None

@@ -1,12 +1,13 @@
-"""Samples -> pixels in memory, and the order in which training takes them."""
+"""Samples -> pixels in memory -> batches, and the order in which training takes them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,9 +17,32 @@ from serve.contract import Preprocess
 from serve.errors import SourceError
 from serve.preprocess import ImageError, decode
 from serve.sources import Sample, Unreadable, read_batches, read_bytes
+from train.augment import SimCLRAugment
 
 MEMORY_SHARE = 0.5
 """Pixels may take this share of the machine's memory."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pictures of one step on one process, uint8: whole frames (b, 3, H, W), or a crop for each view (2, b, 3, H, W)."""
+
+    pixels: Tensor
+    rows: Tensor
+    """Which samples they are, (b,)."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def views(self, part: slice, augment: SimCLRAugment, generator: torch.Generator) -> Tensor:
+        """Both views of some of the pictures, stacked: row i and row i + n are one picture. Float (2n, 3, H, W) in [0, 1]."""
+        device = generator.device
+        if self.pixels.ndim == 5:
+            views = augment.after_crop(self.pixels[:, part].to(device, non_blocking=True).flatten(0, 1), generator)
+        else:
+            frames = self.pixels[part].to(device, non_blocking=True)
+            views = augment(torch.cat([frames, frames]), generator)
+        return views.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -28,9 +52,17 @@ class Pixels:
     images: Tensor
     samples: tuple[Sample, ...]
     unreadable: tuple[Unreadable, ...]
+    traits: Counter[str] = field(default_factory=Counter)
+    """How many are grey, 16-bit and so on (`serve.sources.describe_traits`)."""
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def batches(self, steps: Iterator[tuple[int, Tensor]]) -> Iterator[Batch]:
+        """The pictures of each (epoch, rows), pinned for a GPU."""
+        for _, rows in steps:
+            pixels = self.images[rows]
+            yield Batch(pixels.pin_memory() if torch.cuda.is_available() else pixels, rows)
 
 
 def load_pixels(samples: Sequence[Sample], preprocess: Preprocess, *, progress: str | None = None) -> Pixels:
@@ -38,12 +70,14 @@ def load_pixels(samples: Sequence[Sample], preprocess: Preprocess, *, progress: 
 
     `progress` names the bar; None shows none.
     """
-    _check_memory(len(samples), preprocess)
+    if shortage := memory_shortage(len(samples), preprocess):
+        raise SourceError(f"{shortage}; choose a smaller --image-size or fewer pictures, or, to pretrain, --workers 1 or more")
     images = torch.empty((len(samples), 3, preprocess.height_px, preprocess.width_px), dtype=torch.uint8)
     kept: list[Sample] = []
     unreadable: list[Unreadable] = []
+    traits: Counter[str] = Counter()
     with tqdm(total=len(samples), desc=progress, unit="img", disable=progress is None) as bar:
-        for good, pixels, bad in read_batches(samples, preprocess):
+        for good, pixels, bad in read_batches(samples, preprocess, traits=traits):
             images[len(kept) : len(kept) + len(good)] = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             kept += good
             unreadable += bad
@@ -51,7 +85,7 @@ def load_pixels(samples: Sequence[Sample], preprocess: Preprocess, *, progress: 
     if not kept:
         first = f"; the first: {unreadable[0].reason}" if unreadable else ""
         raise SourceError(f"none of {len(samples)} pictures can be read{first}")
-    return Pixels(images[: len(kept)], tuple(kept), tuple(unreadable))
+    return Pixels(images[: len(kept)], tuple(kept), tuple(unreadable), traits)
 
 
 def preprocess_for(samples: Sequence[Sample], image_size: str | None) -> Preprocess:
@@ -76,13 +110,26 @@ def training_frame(preprocess: Preprocess) -> Preprocess:
     return preprocess.model_copy(update={"height_px": height, "width_px": width, "crop": 1.0})
 
 
+def step_rows(
+    count: int, batch_size: int, seed: int, *, first_step: int, total_steps: int, steps_per_epoch: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(epoch, rows) of every step that is left. Rows that fill no batch wait for another epoch."""
+    epoch, order = -1, torch.empty(0)
+    for step in range(first_step, total_steps):
+        if step // steps_per_epoch != epoch:
+            epoch = step // steps_per_epoch
+            order = epoch_order(count, epoch, seed)
+        place = step % steps_per_epoch
+        yield epoch, order[place * batch_size : (place + 1) * batch_size]
+
+
 def epoch_order(count: int, epoch: int, seed: int) -> Tensor:
     """The permutation of one epoch; a function of its arguments, so that resuming needs no saved state."""
-    return torch.randperm(count, generator=step_generator(seed, epoch, stream=0))
+    return torch.randperm(count, generator=step_generator(seed, epoch, stream="order"))
 
 
-def step_generator(seed: int, number: int, *, stream: int = 1, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on (seed, stream, number) alone."""
+def step_generator(seed: int, number: int, *, stream: str = "views", device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on (seed, stream, number) alone: nothing of it has to be saved to go on."""
     digest = hashlib.sha256(f"{seed}/{stream}/{number}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -92,15 +139,15 @@ def sources_sha256(samples: Sequence[Sample]) -> str:
     return hashlib.sha256("\n".join(sample.source for sample in samples).encode()).hexdigest()
 
 
-def _check_memory(count: int, preprocess: Preprocess) -> None:
+def memory_shortage(count: int, preprocess: Preprocess) -> str | None:
+    """Why so many pictures of this frame cannot be kept in memory; None if they can."""
     needed = count * 3 * preprocess.height_px * preprocess.width_px
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed * 4
-    if needed > MEMORY_SHARE * total:
-        frame = f"{preprocess.height_px}x{preprocess.width_px}"
-        raise SourceError(
-            f"{count} pictures of {frame} px take {needed / 2**30:.1f} GiB, at most {MEMORY_SHARE * total / 2**30:.1f} GiB "
-            "may be used; choose a smaller --image-size or fewer pictures"
-        )
+    if needed <= MEMORY_SHARE * total:
+        return None
+    frame = f"{preprocess.height_px}x{preprocess.width_px}"
+    most = MEMORY_SHARE * total / 2**30
+    return f"{count} pictures of {frame} px take {needed / 2**30:.1f} GiB, at most {most:.1f} GiB may be used"
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -50,24 +50,33 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, group)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                self._update(weights, group)
         return loss
 
-    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
-        gradient, rate = weight.grad, torch.ones((), device=weight.device)
-        assert gradient is not None
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """All tensors of a group by few calls: one kernel for many tensors on a GPU, and no waiting for it (no `.item()`)."""
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        rates = [torch.ones((), device=weight.device) for weight in weights]
         if group["adapt"]:
-            gradient = gradient + group["weight_decay"] * weight
-            weight_norm, gradient_norm = weight.norm(), gradient.norm()
-            trust = group["trust_coefficient"] * weight_norm / gradient_norm
-            rate = torch.where((weight_norm > 0) & (gradient_norm > 0), trust, rate)  # no .item(): that would wait for a GPU
+            gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+            weight_norms, gradient_norms = torch._foreach_norm(weights), torch._foreach_norm(gradients)
+            rates = [
+                torch.where((w > 0) & (g > 0), group["trust_coefficient"] * w / g, one)
+                for w, g, one in zip(weight_norms, gradient_norms, rates, strict=True)
+            ]
+        buffers = [self._momentum_buffer(weight) for weight in weights]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, torch._foreach_mul(gradients, [rate * group["lr"] for rate in rates]))
+        torch._foreach_sub_(weights, buffers)
+
+    def _momentum_buffer(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
-        state["momentum_buffer"].mul_(group["momentum"]).add_(gradient * (rate * group["lr"]))
-        weight.sub_(state["momentum_buffer"])
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -77,6 +86,11 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     for parameter in model.parameters():
         (weights if parameter.ndim > 1 else others).append(parameter)
     return [{"params": weights}, {"params": others, "adapt": False, "weight_decay": 0.0}]
+
+
+def peak_lr(batch_size: int, rule: Literal["sqrt", "linear"]) -> float:
+    """0.075 * sqrt(B), or 0.3 * B / 256: equal at B = 4096; the first is better for small batches and short runs (B.1)."""
+    return 0.075 * math.sqrt(batch_size) if rule == "sqrt" else 0.3 * batch_size / 256
 
 
 def lr_at(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:

@@ -1,63 +1,57 @@
 """SimCLR pretraining, top to bottom: images -> two views -> one forward pass -> NT-Xent -> step.
 
-Chen et al. 2020, algorithm 1. Every random draw is a function of (seed, step), so a resumed run repeats what an
-uninterrupted one would have drawn.
+Chen et al. 2020, algorithm 1. Every random draw is a function of (seed, process, step), so a resumed run repeats what an
+uninterrupted one would have drawn. With torchrun, every process takes its share of the pictures and of each batch; the
+negatives come from all of them and the gradient is that of one process with the whole batch.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from serve.contract import Preprocess
 from serve.errors import TrainingError
-from serve.sources import ImageSet, open_source
+from serve.sources import ImageSet, describe_traits, open_source
+from train import distributed
 from train.augment import SimCLRAugment
-from train.checkpoint import CHECKPOINT, CONFIG, METRICS, load_checkpoint, save_checkpoint, save_encoder, write_config
-from train.config import PretrainConfig, Stem
-from train.data import Pixels, epoch_order, load_pixels, preprocess_for, sources_sha256, step_generator, training_frame
+from train.checkpoint import CHECKPOINT, CONFIG, CONTACT_SHEET, load_checkpoint, save_checkpoint, save_encoder, write_config
+from train.config import PretrainConfig
+from train.contact_sheet import contact_sheet, save_contact_sheet
+from train.data import Batch, Pixels, load_pixels, preprocess_for, sources_sha256, step_generator, step_rows, training_frame
+from train.duplicates import report_duplicates
 from train.encoder import Encoder, ProjectionHead, SimCLR
-from train.health import chance_loss, contrastive_top1
-from train.loss import nt_xent_loss, similarity_logits
+from train.estimate import memory_estimate
+from train.gradcache import cached_backward
+from train.health import Watch, chance_loss, signs_of_life
+from train.loss import nt_xent_with_top1, tile_rows_for
+from train.online import OnlineProbe, OnlineSet
 from train.optim import LARS, lr_at, parameter_groups
-from train.probe import OnlineKnn
+from train.plan import DTYPES, Plan, choose_workers, count_steps, describe, duration, make_plan
+from train.record import MetricsLog, stop_signals
+from train.stream import Streamed
 
+MAY_DIFFER = frozenset({"images", "run", "preset"})
+"""Facts that say nothing that other facts do not say: the list of pictures has a digest of its own."""
+REHEARSAL_PICTURES = 32
+LOOKS_PER_RUN, SIGNS_EVERY = 8, 10
+"""How often pictures are embedded to score and show them, and in which steps the projections' spread is measured."""
+SHOWN = {"knn_accuracy": "kNN accuracy", "probe_accuracy": "linear probe"}
 CHECKPOINT_EVERY_S = 120
 """At most this much work is lost when a machine dies."""
-PROBES_PER_RUN = 8
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What follows from a configuration and its pictures."""
-
-    preprocess: Preprocess
-    stem: Stem
-    crop_area: float
-    strength: float
-    blur: bool
-    peak_lr: float
-    steps_per_epoch: int
-    total_steps: int
-
-    @property
-    def warmup_steps(self) -> int:
-        """Ten epochs (paper, section 2.2), but never more than a tenth of the run."""
-        return min(10 * self.steps_per_epoch, self.total_steps // 10)
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -65,152 +59,228 @@ def pretrain(config: PretrainConfig) -> Path:
 
     SIGINT and SIGTERM end the current step, save a checkpoint and raise KeyboardInterrupt.
     """
-    _check_run(config)
-    images = open_source(config.images)
-    plan = make_plan(config, images)
-    pixels = load_pixels(images.train, training_frame(plan.preprocess), progress="reading images")
-    steps_per_epoch, total_steps = count_steps(config, len(pixels))  # what cannot be read shortens the epochs
-    plan = replace(plan, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-    return Trainer(config, plan, images, pixels).train()
+    device = distributed.start()
+    try:
+        _check_run(config)
+        images = open_source(config.images)
+        plan = make_plan(config, images, device)
+        feed = open_feed(config, plan, images)
+        return Trainer(config, _fit_to(feed, config, plan), images, feed, device).train()
+    finally:
+        distributed.stop()
 
 
-def make_plan(config: PretrainConfig, images: ImageSet) -> Plan:
-    """Choose what the configuration leaves open, from the pictures. Raises: TrainingError if there are too few."""
-    count = len(images.train)
-    if count < 2:
-        raise TrainingError(f"{config.images}: {count} picture to learn from; SimCLR tells pictures apart and needs at least 2")
-    if config.batch_size > count:
+def open_feed(config: PretrainConfig, plan: Plan, images: ImageSet) -> Pixels | Streamed:
+    """This process's share of the pictures: decoded into memory, or read by workers while training."""
+    shard = images.train[distributed.rank() :: plan.world_size]
+    if plan.streamed:
+        workers = choose_workers(config, len(images.train), plan.preprocess)
+        return Streamed(shard, plan.preprocess, plan.crop_area, workers=workers, seed=config.seed)
+    return load_pixels(shard, training_frame(plan.preprocess), progress="reading images" if distributed.rank() == 0 else None)
+
+
+def _fit_to(feed: Pixels | Streamed, config: PretrainConfig, plan: Plan) -> Plan:
+    """What cannot be read shortens the epochs; the process with the fewest pictures sets their length."""
+    fewest = distributed.smallest(len(feed)) * plan.world_size
+    if fewest < config.batch_size:
         raise TrainingError(
-            f"--batch-size is {config.batch_size}, but there are {count} pictures; use --batch-size {count} or less"
+            f"{fewest} pictures can be read, fewer than --batch-size {config.batch_size}"
+            + (f"; first failure: {feed.unreadable[0].reason}" if feed.unreadable else "")
         )
-    preprocess = preprocess_for(images.train, config.image_size)
-    short = min(preprocess.height_px, preprocess.width_px)
-    steps_per_epoch, total_steps = count_steps(config, count)
-    default_lr = 0.075 * math.sqrt(config.batch_size)
-    return Plan(
-        preprocess=preprocess,
-        stem=config.stem or ("small" if short <= 64 else "imagenet"),
-        crop_area=config.crop_area if config.crop_area is not None else (0.4 if preprocess.resize == "stretch" else 0.08),
-        strength=config.strength if config.strength is not None else (0.5 if short <= 32 else 1.0),
-        blur=short > 32,
-        peak_lr=config.learning_rate if config.learning_rate is not None else default_lr,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-    )
-
-
-def count_steps(config: PretrainConfig, pictures: int) -> tuple[int, int]:
-    """Whole batches in an epoch (what is left over waits for another one), and steps in all."""
-    return pictures // config.batch_size, max(1, round(config.epochs * pictures / config.batch_size))
+    steps_per_epoch, total_steps = count_steps(config, fewest)
+    return replace(plan, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
 
 class Trainer:
     """The state of one run and its loop."""
 
-    def __init__(self, config: PretrainConfig, plan: Plan, images: ImageSet, pixels: Pixels) -> None:
-        if len(pixels) < config.batch_size:
-            raise TrainingError(
-                f"{len(pixels)} pictures can be read, fewer than --batch-size {config.batch_size}; first failure: "
-                f"{pixels.unreadable[0].reason}"
-            )
-        self.config, self.plan, self.pixels = config, plan, pixels
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(
+        self, config: PretrainConfig, plan: Plan, images: ImageSet, feed: Pixels | Streamed, device: torch.device
+    ) -> None:
+        self.config, self.plan, self.images, self.feed, self.device = config, plan, images, feed, device
         torch.manual_seed(config.seed)
-        encoder = Encoder(config.arch, config.width, plan.stem)
-        self.model = SimCLR(encoder, ProjectionHead(encoder.feature_dim)).to(self.device)
-        self.model.to(memory_format=torch.channels_last)
-        self.optimizer = LARS(parameter_groups(self.model), lr=0.0)
+        encoder = Encoder(config.arch, config.width, plan.stem, sk=config.sk)
+        head = ProjectionHead(encoder.feature_dim, config.projection_dim, config.head_layers)
+        self.model = SimCLR(encoder, head).to(device).to(memory_format=torch.channels_last)
         frame = plan.preprocess.height_px, plan.preprocess.width_px
-        self.augment = SimCLRAugment(frame, plan.strength, plan.blur, crop_area=plan.crop_area)
-        self.knn = OnlineKnn.from_samples(images, plan.preprocess)
-        self.step = 0
+        self.tile_rows = tile_rows_for(config.batch_size)
+        self.memory = memory_estimate(
+            self.model,
+            frame,
+            batch_size=config.batch_size,
+            chunk=config.chunk,
+            dtype=DTYPES[plan.precision],
+            tile_rows=self.tile_rows,
+            world_size=plan.world_size,
+            on_gpu=device.type == "cuda",
+        )
+        self.network: nn.Module = self.model
+        if plan.world_size > 1:
+            distributed.convert_batchnorm(self.model)
+            self.network = DistributedDataParallel(self.model, broadcast_buffers=False)
+        if config.compile:
+            self.model.compile()
+        self.optimizer = LARS(parameter_groups(self.model), lr=0.0, weight_decay=config.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
+        self.augment = SimCLRAugment(frame, plan.strength, plan.blur, config.augmentation, crop_area=plan.crop_area)
+        self.pictures = distributed.total(len(feed))
+        self.step = self._told = 0
 
     def train(self) -> Path:
         """Run all steps that are left."""
-        run, config = self.config.run, self.config
-        facts = self._facts()
-        if config.resume:
+        run, facts = self.config.run, self._facts()
+        self.online = OnlineSet.from_samples(self.images, self.plan.preprocess) if distributed.rank() == 0 else None
+        self.probe = self._online_probe()
+        if self.config.resume:
             self._restore(facts)
-        else:
+        self._announce()
+        if not self.config.resume and distributed.rank() == 0:
             write_config(run, facts)
             self._save(facts)  # so that a run which dies early, or on a full disk, can always be resumed
-        self._announce()
-        with stop_signals() as stopped, MetricsLog(run, self.step) as log, self._bar() as bar:
+        with stop_signals() as stopped, self._log() as log:
+            watch = self._watch(log)
             saved_at = time.monotonic()
-            while self.step < self.plan.total_steps and not stopped:
-                metrics = self._one_step()
-                if self._probe_is_due():
-                    metrics |= self.knn.measure(self.model.encoder, self.device)
-                log.write(self.step, metrics)
-                _show(bar, metrics)
+            batches = self.feed.batches(self._rows_left())
+            while self.step < self.plan.total_steps and not distributed.any_of(bool(stopped)):
+                metrics = self._one_step(batches)
+                if log:
+                    metrics |= self._look(log)
+                    log.write(self.step, metrics)
+                    for trouble in watch.look(self.step, metrics):
+                        log.say(trouble)
                 if time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
                     self._save(facts)
                     saved_at = time.monotonic()
         self._save(facts)
-        save_encoder(run, self.model.encoder, self.plan.preprocess, facts | {"steps": self.step})
-        if stopped:
+        if distributed.rank() == 0:
+            save_encoder(run, self.model.encoder, self.plan.preprocess, facts | {"steps": self.step})
+            if self.plan.streamed:
+                self._tell_of_pictures()
+        if self.step < self.plan.total_steps:
             done = f"stopped after step {self.step} of {self.plan.total_steps}, saved"
             raise KeyboardInterrupt(f"{done}; repeat the command to go on (simclr pretrain: with --resume)")
         return run
 
-    def _one_step(self) -> dict[str, float]:
+    def _log(self) -> AbstractContextManager[MetricsLog | None]:
+        """Of the first process only."""
+        return MetricsLog(self.config.run, self.step, self.plan.total_steps) if distributed.rank() == 0 else nullcontext()
+
+    def _rows_left(self) -> Iterator[tuple[int, Tensor]]:
+        return step_rows(
+            len(self.feed),
+            self.config.batch_size // self.plan.world_size,
+            self.config.seed,
+            first_step=self.step,
+            total_steps=self.plan.total_steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+        )
+
+    def _one_step(self, batches: Iterator[Batch]) -> dict[str, float]:
         started = time.perf_counter()
-        views = self._views(self.step)
-        viewed = time.perf_counter()
+        batch = next(batches)
+        arrived = time.perf_counter()
         rate = lr_at(self.step, peak=self.plan.peak_lr, warmup_steps=self.plan.warmup_steps, total_steps=self.plan.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16_is_fast(self.device)):
-            projections = self.model(views)
-        loss = nt_xent_loss(projections, temperature=self.config.temperature)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, top1 = self._backward(batch)
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.step}, the weights were left as they were; "
                 f"start a new --run with a lower --learning-rate (peak now {self.plan.peak_lr:.3g})"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
-        with torch.no_grad():
-            top1 = contrastive_top1(*similarity_logits(projections.detach(), self.config.temperature))
         seconds = time.perf_counter() - started
         return {
-            "epoch": self.step * self.config.batch_size / len(self.pixels),
+            "epoch": self.step * self.config.batch_size / self.pictures,
             "loss": loss.item(),
             "chance_loss": chance_loss(self.config.batch_size),
-            "contrastive_top1": top1,
+            "contrastive_top1": top1.item(),
             "chance_top1": 1 / (2 * self.config.batch_size - 1),
             "lr": rate,
             "samples_per_s": self.config.batch_size / seconds,
-            "data_share": (viewed - started) / seconds,
+            "data_share": (arrived - started) / seconds,
         }
 
-    def _views(self, step: int) -> Tensor:
-        """Both views of the step's pictures, stacked: one forward pass, joint batch norm (data.py:124 of the official code)."""
-        epoch, place = divmod(step, self.plan.steps_per_epoch)
-        order = epoch_order(len(self.pixels), epoch, self.config.seed)
-        rows = order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
-        batch = self.pixels.images[rows].to(self.device, non_blocking=True)
-        views = self.augment(torch.cat([batch, batch]), step_generator(self.config.seed, step, device=self.device))
-        return views.contiguous(memory_format=torch.channels_last)
+    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and contrastive top-1 of the whole batch; gradients are left in the parameters."""
+        count = math.ceil(len(batch) / (self.config.chunk or len(batch)))
+        edges = [len(batch) * number // count for number in range(count + 1)]  # equal chunks, lest the last one is tiny
+        parts = [slice(*pair) for pair in itertools.pairwise(edges)]
+        if len(parts) == 1:
+            loss, top1 = self._loss(self._project(batch, parts[0]))
+            self.scaler.scale(loss).backward()
+            return loss.detach(), top1
+        chunks = [partial(self._project, batch, part) for part in parts]
+        return cached_backward(self.network, chunks, self._loss, self.scaler)
 
-    def _probe_is_due(self) -> bool:
-        every = max(self.plan.steps_per_epoch, self.plan.total_steps // PROBES_PER_RUN)
-        return self.knn.has_labels and (self.step % every == 0 or self.step == self.plan.total_steps)
+    def _project(self, batch: Batch, part: slice) -> Tensor:
+        """Projections of both views of some pictures: one forward pass, joint batch norm (data.py:124 of the official code)."""
+        stream = f"views/{distributed.rank()}/{part.start}"
+        views = batch.views(part, self.augment, step_generator(self.config.seed, self.step, stream=stream, device=self.device))
+        with torch.autocast(self.device.type, DTYPES[self.plan.precision], enabled=self.plan.precision != "fp32"):
+            features, projections = self.network(views)
+        self._latest = features.detach(), projections.detach(), batch.rows[part]
+        return cast("Tensor", projections)
+
+    def _loss(self, projections: Tensor) -> tuple[Tensor, Tensor]:
+        return nt_xent_with_top1(projections, temperature=self.config.temperature, tile_rows=self.tile_rows)
+
+    def _look(self, log: MetricsLog) -> dict[str, float]:
+        """Signs of life on what the step has seen last (with `--chunk`, its last chunk); now and then kNN and a picture."""
+        features, projections, rows = self._latest
+        found = self.probe.learn(features, self.targets[rows]) if self.probe else {}
+        last = self.step == self.plan.total_steps
+        if last or self.step % SIGNS_EVERY == 0:
+            found |= signs_of_life(projections, features)
+        if not last and self.step % max(self.plan.steps_per_epoch, self.plan.total_steps // LOOKS_PER_RUN):
+            return found
+        assert self.online is not None
+        scores, vectors = self.online.measure(self.model.encoder, self.device, self.probe)
+        sheet = contact_sheet(self.online.images.numpy(), vectors, title=f"step {self.step} of {self.plan.total_steps}")
+        save_contact_sheet(self.config.run / CONTACT_SHEET, sheet)
+        log.show(self.step, "nearest neighbours", np.asarray(sheet))
+        if scores:
+            named = ", ".join(f"{SHOWN[name]} {share:.1%}" for name, share in scores.items())
+            log.say(f"step {self.step}: {named}")
+        return found | scores
+
+    def _online_probe(self) -> OnlineProbe | None:
+        """Of the first process, which sees its own share of the labels."""
+        if self.online is None or not self.online.has_labels:
+            return None
+        probe = OnlineProbe(self.images, self.model.encoder.feature_dim, self.device)
+        self.targets = probe.targets(self.feed.samples)
+        return probe
+
+    def _watch(self, log: MetricsLog | None) -> Watch:
+        watch = Watch(
+            batch_size=self.config.chunk or self.config.batch_size // self.plan.world_size,
+            warmup_steps=self.plan.warmup_steps,
+            learning_rate=self.plan.peak_lr,
+            temperature=self.config.temperature,
+            projection_dim=self.config.projection_dim,
+            workers=choose_workers(self.config, len(self.images.train), self.plan.preprocess),
+        )
+        for line in log.past if log else []:
+            watch.look(int(line["step"]), line)
+        return watch
 
     def _facts(self) -> dict[str, Any]:
         """Provenance: what config.json, the checkpoint and the encoder's card record."""
         settings = asdict(self.config) | {"run": str(self.config.run)}
-        del settings["resume"]
+        for name in ("resume", "workers"):
+            del settings[name]
         plan = asdict(self.plan) | {"preprocess": self.plan.preprocess.model_dump()}
-        digest = sources_sha256(self.pixels.samples)
-        return {"method": "SimCLR", **settings, **plan, "pictures": len(self.pixels), "sources_sha256": digest}
+        digest = sources_sha256(self.images.train)
+        return {"method": "SimCLR", **settings, **plan, "pictures": self.pictures, "sources_sha256": digest}
 
     def _restore(self, facts: dict[str, Any]) -> None:
         state = load_checkpoint(self.config.run)
         recorded = state["facts"]
-        different = [name for name, value in facts.items() if name != "run" and recorded.get(name) != value]
+        different = [name for name, value in facts.items() if name not in MAY_DIFFER and recorded.get(name) != value]
         if different:
             was = ", ".join(f"{name} {recorded.get(name)!r} -> {facts[name]!r}" for name in different[:3])
             raise TrainingError(
@@ -218,108 +288,84 @@ class Trainer:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.probe:
+            self.probe.load_state_dict(state["probe"])
         self.step = state["step"]
 
     def _save(self, facts: dict[str, Any]) -> None:
-        state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "facts": facts}
-        save_checkpoint(self.config.run, state)
+        """From the first process: the others hold the same weights, and all randomness follows from seed, process and step."""
+        if distributed.rank() == 0:
+            state = {"step": self.step, "facts": facts, "model": self.model.state_dict()}
+            state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            state["probe"] = self.probe.state_dict() if self.probe else None
+            save_checkpoint(self.config.run, state)
 
     def _announce(self) -> None:
-        plan, config = self.plan, self.config
-        frame = f"{plan.preprocess.height_px}x{plan.preprocess.width_px}"
-        left_out = f", {len(self.pixels.unreadable)} unreadable left out" if self.pixels.unreadable else ""
-        blur = "blur" if plan.blur else "no blur"
-        precision = "bfloat16" if bfloat16_is_fast(self.device) else "float32"
-        print(
-            f"{len(self.pixels)} pictures{left_out} · {config.arch} x{config.width:g}, {plan.stem} stem, {frame} px, "
-            f"crops from {plan.crop_area:.0%}, jitter {plan.strength:g}, {blur} · {plan.total_steps} steps of "
-            f"{config.batch_size}, LARS, peak lr {plan.peak_lr:.3g} · {self.device.type}, {precision}",
-            file=sys.stderr,
-        )
-        for picture in self.pixels.unreadable[:3]:
-            print(f"left out: {picture.reason}", file=sys.stderr)
+        """Before the first step: what was chosen, what it takes, what is wrong with the pictures."""
+        seconds = self.seconds_per_picture() * self.config.batch_size * (self.plan.total_steps - self.step)
+        if distributed.rank() != 0:
+            return
+        print(describe(self.plan, self.config, self.device, self.pictures), file=sys.stderr)
+        print(f"memory    {self.memory}\ntime      about {duration(seconds)}", file=sys.stderr)
+        self._tell_of_pictures()
+        if isinstance(self.feed, Pixels):
+            print(report_duplicates(self.feed.images, self.feed.samples).sentence(), file=sys.stderr)
 
-    def _bar(self) -> tqdm[Any]:
-        return tqdm(total=self.plan.total_steps, initial=self.step, desc="pretraining", unit="step", dynamic_ncols=True)
+    def _tell_of_pictures(self) -> None:
+        """What stood out among them: at the start, or, streamed, at the end."""
+        if traits := describe_traits(self.feed.traits):
+            print(f"of the pictures: {traits}", file=sys.stderr)
+        faults, self._told = self.feed.unreadable[self._told :], len(self.feed.unreadable)
+        if faults:
+            print(f"{len(faults)} unreadable pictures left out, such as {faults[0].reason}", file=sys.stderr)
+
+    def seconds_per_picture(self) -> float:
+        """Time of a forward and backward pass on made-up pictures; nothing of the run changes."""
+        chunk = self.config.chunk or self.config.batch_size // self.plan.world_size
+        count = chunk if self.device.type == "cuda" else min(chunk, REHEARSAL_PICTURES)
+        frame = self.plan.preprocess.height_px, self.plan.preprocess.width_px
+        batch = Batch(torch.zeros((2, count, 3, *frame), dtype=torch.uint8), torch.arange(count))
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            loss, _top1 = self._backward(batch)
+            loss.item()
+            seconds = time.perf_counter() - started
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(before[name])
+        self.optimizer.zero_grad(set_to_none=True)
+        return seconds / count / self.plan.world_size
+
+
+def ready_trainer(config: PretrainConfig, images: ImageSet, feed: Pixels | Streamed | None = None) -> Trainer:
+    """A trainer at step 0 that has written nothing: for measuring. Raises: SourceError, TrainingError."""
+    device = distributed.start()
+    plan = make_plan(config, images, device)
+    feed = feed or open_feed(config, plan, images)
+    return Trainer(config, _fit_to(feed, config, plan), images, feed, device)
 
 
 def samples_per_second(config: PretrainConfig, images: ImageSet, *, seconds: float = 8) -> float:
-    """Measure what this machine does with this configuration: pictures (of two views each) per second, warm-up left out."""
-    plan = make_plan(config, images)
-    few = images.train[: config.batch_size]
-    pixels = load_pixels(few, training_frame(plan.preprocess))
-    trainer = Trainer(replace(config, batch_size=len(pixels)), plan, ImageSet(train=few), pixels)
+    """Pictures (of two views each) per second that this machine trains, its warm-up left out."""
+    few = ImageSet(train=images.train[: config.batch_size])
+    preprocess = preprocess_for(images.train, config.image_size)
+    pixels = load_pixels(few.train, training_frame(preprocess))
+    trainer = ready_trainer(replace(config, batch_size=len(pixels)), few, pixels)
+    return samples_per_second_of(trainer, seconds=seconds)
+
+
+def samples_per_second_of(trainer: Trainer, *, seconds: float) -> float:
+    """The same of a trainer, which is spoilt by it."""
+    batches = itertools.repeat(next(trainer.feed.batches(trainer._rows_left())))
     rates: list[float] = []
     started = time.monotonic()
     while len(rates) < 4 or time.monotonic() - started < seconds:
         trainer.step = 0
-        rates.append(trainer._one_step()["samples_per_s"])
+        rates.append(trainer._one_step(batches)["samples_per_s"])
     return statistics.median(rates[len(rates) // 2 :])
-
-
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 natively; elsewhere it is slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-class MetricsLog:
-    """Every step to RUN/metrics.jsonl and TensorBoard; lines after the step that a run resumes from are dropped."""
-
-    def __init__(self, run: Path, first_step: int) -> None:
-        path = run / METRICS
-        lines = path.read_text().splitlines() if path.exists() and first_step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
-        self._file = path.open("w", buffering=1)
-        self._file.writelines(f"{line}\n" for line in kept)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one step."""
-        self._file.write(json.dumps({"step": step} | {name: round(value, 6) for name, value in metrics.items()}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one kills as usual."""
-    received: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def _check_run(config: PretrainConfig) -> None:
     if not config.resume and ((config.run / CHECKPOINT).exists() or (config.run / CONFIG).exists()):
         raise TrainingError(f"{config.run}: already holds a run; add --resume to go on with it, or choose another --run")
-
-
-def _show(bar: tqdm[Any], metrics: dict[str, float]) -> None:
-    shown = {
-        "img/s": f"{metrics['samples_per_s']:.0f}",
-        "data": f"{metrics['data_share']:.0%}",
-        "loss": f"{metrics['loss']:.2f}/{metrics['chance_loss']:.2f}",
-        "top1": f"{metrics['contrastive_top1']:.0%}/{metrics['chance_top1']:.1%}",
-    }
-    if "knn_accuracy" in metrics:
-        bar.write(f"step {bar.n + 1}: kNN accuracy {metrics['knn_accuracy']:.1%}", file=sys.stderr)
-    bar.set_postfix(shown, refresh=False)
-    bar.update()

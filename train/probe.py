@@ -107,14 +107,8 @@ def logistic_regression(x_ND: Tensor, y_N: Tensor, classes: int, weight_decay: f
 
 
 def evaluate(encoder: ServedEncoder, source: str, test: str | None, protocol: Literal["knn", "linear"]) -> dict[str, Any]:
-    """Score any encoder on labelled pictures. Raises: TrainingError without labels."""
-    images = open_source(source)
-    if test is not None:
-        scored = open_source(test)
-        images = ImageSet(train=images.train, test=scored.test or scored.train)
-    bank, queries = split_for_scoring(images)
-    if not bank or not queries:
-        raise TrainingError(f"{source}: no labels to score on; {HOW_TO_LABEL}")
+    """Score any encoder's vectors on labelled pictures. Raises: TrainingError without labels."""
+    bank, queries = split_for_scoring(labelled_images(source, test))
     bank_vectors, bank, bank_bad = embed_samples(encoder, bank, "bank")
     query_vectors, queries, query_bad = embed_samples(encoder, queries, "queries")
     if protocol == "knn":
@@ -125,12 +119,28 @@ def evaluate(encoder: ServedEncoder, source: str, test: str | None, protocol: Li
         "protocol": protocol,
         "encoder_id": encoder.encoder_id,
         "accuracy": accuracy,
-        "chance": Counter(groups_of(queries)).most_common(1)[0][1] / len(queries),
+        "chance": chance_accuracy(queries),
         "classes": len(set(groups_of(bank))),
         "bank": len(bank),
         "queries": len(queries),
         "unreadable": len(bank_bad) + len(query_bad),
     }
+
+
+def labelled_images(source: str, test: str | None) -> ImageSet:
+    """A source, with the pictures of another as its test split. Raises: TrainingError without labels to score on."""
+    images = open_source(source)
+    if test is not None:
+        scored = open_source(test)
+        images = ImageSet(train=images.train, test=scored.test or scored.train)
+    if not all(split_for_scoring(images)):
+        raise TrainingError(f"{source}: no labels to score on; {HOW_TO_LABEL}")
+    return images
+
+
+def chance_accuracy(queries: Sequence[Sample]) -> float:
+    """What naming the largest class every time would reach."""
+    return Counter(groups_of(queries)).most_common(1)[0][1] / len(queries)
 
 
 def fit_head_on(encoder: ServedEncoder, source: str) -> Head:

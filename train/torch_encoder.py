@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,9 +52,8 @@ def untrained(manifest: Manifest, images_NHWC: NDArray[np.uint8], seed: int = 0)
 
     Its batch norms have seen pictures, because with their initial statistics it would be worse than it need be.
     """
-    training: dict[str, Any] = manifest.training
     torch.manual_seed(seed)
-    encoder = Encoder(training["arch"], training["width"], training["stem"])
+    encoder = Encoder.from_facts(manifest.training)
     model = UnitEncoder(encoder).train()
     with torch.inference_mode():
         for chunk in _chunks(images_NHWC):

@@ -33,6 +33,8 @@ OPTIONS = {
     "pretrain": "--images --run --arch --width --image-size --batch-size --epochs --seed --resume",
     "evaluate": "--encoder --protocol --images --test --json",
     "fit-head": "--encoder --images --out",
+    "import-weights": "--weights --run --pixels --image-size",
+    "distill": "--teacher --head --images --run --arch --width --temperature --resume",
     "export": "--run --repository --name --head --target",
     "triton": "--repository --http-port --grpc-port --metrics-port",
     "embed": "--encoder --images --out",

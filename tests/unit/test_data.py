@@ -180,8 +180,8 @@ def test_seed_number_and_stream_each_give_other_random_numbers() -> None:
     def draws(*args: int, **more: int) -> tuple[float, ...]:
         return tuple(torch.rand(3, generator=step_generator(*args, **more)).tolist())
 
-    assert draws(1, 2) == draws(1, 2) == draws(1, 2, stream=1)
-    different = [draws(1, 2), draws(2, 1), draws(1, 3), draws(1, 2, stream=0), draws(-1, 2), draws(1, 12), draws(11, 2)]
+    assert draws(1, 2) == draws(1, 2) == draws(1, 2, stream="views")
+    different = [draws(1, 2), draws(2, 1), draws(1, 3), draws(1, 2, stream="order"), draws(-1, 2), draws(1, 12), draws(11, 2)]
     assert len(set(different)) == len(different)
 
 

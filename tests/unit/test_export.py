@@ -4,6 +4,7 @@ import io
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,9 +12,10 @@ import pytest
 import torch
 from onnx import numpy_helper
 from PIL import Image
+from torchvision.models.resnet import Bottleneck
 
 from export import publish as module
-from export.graph import check_graph, stamp
+from export.graph import check_graph, stamp, write_graph
 from export.parity import BATCH_SIZES, golden_images, measure_parity
 from export.publish import publish
 from serve.classify import Head
@@ -21,7 +23,7 @@ from serve.contract import METADATA_KEY, Manifest, Preprocess
 from serve.encoder import OnnxEncoder, find_graph, open_encoder
 from serve.errors import EncoderMismatch, ExportError
 from train.checkpoint import load_encoder, save_encoder
-from train.encoder import Encoder
+from train.encoder import LAYERS, Encoder
 from train.torch_encoder import TorchEncoder, open_run
 
 TRAINING = {"arch": "resnet18", "width": 0.125, "stem": "small"}
@@ -267,6 +269,33 @@ def test_the_users_own_pictures_count(run: Path, repository: Path, monkeypatch: 
     with pytest.raises(ExportError, match="nothing was published"):
         measure_parity(encoder, find_graph(repository), manifest, pictures)
     measure_parity(encoder, find_graph(repository), manifest)
+
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sk": True, "pool_padding": "tf"}, IMAGENET | {"stem_quirk": "pad2"}], ids=["v2", "mean"]
+)
+def test_borders_kernels_and_pixel_statistics_are_inside_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(LAYERS, "resnet50", (Bottleneck, (1, 1, 1, 1)))
+    torch.manual_seed(0)
+    network = Encoder("resnet50", 0.125, "small" if "mean" in settings else "imagenet", **settings)
+    for name, value in network.named_parameters():
+        if value.ndim == 1 and name.endswith("weight"):
+            torch.nn.init.uniform_(value, 0.5, 1.5)
+    with torch.no_grad():
+        network(torch.rand(16, 3, 40, 28))  # odd sizes within
+    save_encoder(tmp_path / "run", network.eval(), frame(40, 28), {})
+    encoder, manifest = load_encoder(tmp_path / "run")
+    write_graph(encoder, manifest, tmp_path / "model.onnx")
+    assert measure_parity(encoder, tmp_path / "model.onnx", manifest).max_abs_error < 1e-5
+    plain = Encoder("resnet50", 0.125, encoder.facts["stem"], sk=settings.get("sk", False))
+    plain.load_state_dict(encoder.state_dict())
+    with pytest.raises(ExportError, match="nothing was published"):
+        measure_parity(plain.eval(), tmp_path / "model.onnx", manifest)
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------

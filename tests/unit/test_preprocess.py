@@ -20,7 +20,7 @@ from PIL import Image
 
 import serve.preprocess
 from serve.contract import Preprocess
-from serve.preprocess import MAX_PIXELS, ImageError, crop_box, decode, load_image
+from serve.preprocess import MAX_PIXELS, TRAITS, ImageError, crop_box, decode, load_image
 
 RED, WHITE = (200, 30, 60), (255, 255, 255)
 
@@ -136,6 +136,85 @@ def test_what_is_not_a_number_is_black(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("top", [1.0, 0.5, 1e-3])
+def test_floats_in_0_to_1_are_not_taken_for_black(top):
+    array = np.array([[0, top / 2, top, -1]], np.float32)
+    assert pixels(encoded(Image.fromarray(array), "TIFF"))[0, :, 1].tolist() == [0, round(top * 127.5), round(top * 255), 0]
+
+
+def test_integers_of_0_and_1_and_black_floats_stay_black():
+    assert pixels(encoded(Image.fromarray(np.array([[0, 1]], np.int32)), "TIFF"))[0, :, 0].tolist() == [0, 1]
+    assert pixels(encoded(Image.fromarray(np.zeros((1, 2), np.float32)), "TIFF"))[0, :, 0].tolist() == [0, 0]
+
+
+def png_of_16_bits():
+    """RGB of 16 bits, which Pillow reads but does not write."""
+    row = b"\0" + struct.pack(">6H", 0, 65535, 257, 514, 771, 1028)
+    return png(struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0), zlib.compress(row))
+
+
+def traits_of(data):
+    traits = []
+    seen = np.asarray(decode(data, traits))
+    np.testing.assert_array_equal(seen, pixels(data), err_msg="looking at a picture changes it")
+    return traits
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+FRAMES = [Image.new("RGB", (4, 4), colour) for colour in (RED, (0, 0, 255), (0, 255, 0))]
+SHADES = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
+MANY = {"save_all": True, "append_images": FRAMES[1:]}
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        *((encoded(FRAMES[0], kind), []) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM")),
+        *((encoded(FRAMES[0], kind, **MANY), ["animated"]) for kind in ("GIF", "PNG", "WEBP", "TIFF")),
+        (encoded(FRAMES[0], "MPO", **MANY), []),  # what phones write: one photograph and its previews
+        *((encoded(Image.new("L", (4, 4), 7), kind), ["grey"]) for kind in ("PNG", "JPEG", "TIFF")),
+        (encoded(Image.new("1", (4, 4))), ["grey"]),
+        (encoded(Image.new("LA", (4, 4))), ["grey"]),
+        *((encoded(SHADES, kind), ["grey", "16-bit"]) for kind in ("PNG", "TIFF")),
+        (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), ["grey", "16-bit"]),
+        *((encoded(Image.new("CMYK", (4, 4)), kind), ["CMYK"]) for kind in ("JPEG", "TIFF")),
+        *((encoded(FRAMES[0], kind, exif=turned(6)), ["EXIF-rotated"]) for kind in ("PNG", "JPEG", "WEBP")),
+        (encoded(FRAMES[0], "JPEG", exif=turned(1)), []),
+        (encoded(Image.new("L", (4, 4)), "JPEG", exif=turned(3)), ["grey", "EXIF-rotated"]),
+    ],
+)
+def test_what_is_unusual_about_a_file(data, wanted):
+    assert traits_of(data) == wanted
+    assert set(wanted) <= set(TRAITS)
+
+
+def test_16_bit_colour_is_noticed_although_pillow_reads_8_bits():
+    assert traits_of(png_of_16_bits()) == ["16-bit"]
+    assert pixels(png_of_16_bits()).tolist() == [[[0, 255, 1], [2, 3, 4]]]
+
+
+def test_an_animation_cut_short_still_has_its_first_frame():
+    data = encoded(FRAMES[0], "GIF", **MANY)
+    for end in range(len(data) - 60, len(data)):
+        traits = []
+        assert decode(data[:end], traits).mode == "RGB"
+        assert traits in ([], ["animated"])
+
+
+def test_traits_pass_through_resizing_and_unreadable_files_have_none():
+    traits = []
+    load_image(encoded(Image.new("L", (9, 9))), frame(), traits)
+    assert traits == ["grey"]
+    with pytest.raises(ImageError):
+        load_image(encoded(Image.fromarray(noise(90, 90)).convert("L"))[:2000], frame(), traits)
+    assert traits == ["grey"]
+
+
 def upright_by_hand(array, orientation):
     """EXIF 2.3: where the stored picture's row 0 and column 0 are in the upright one, written out pixel by pixel."""
     height, width = array.shape[:2]
@@ -237,14 +316,15 @@ def test_a_file_is_named(tmp_path):
     assert "two?lines.png" in reason(tmp_path / "two\nlines.png")
 
 
-def png_that_claims(width, height):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def png(header, data):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def png_that_claims(width, height):
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), zlib.compress(bytes(10_000_000)))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -415,7 +495,7 @@ def test_the_file_travels_alone(tmp_path):
 def test_nothing_else_decodes_or_resizes():
     """The house rule: what happens in one place cannot drift. Triton's copy is this very file; the app only shrinks to show."""
     root = Path(serve.preprocess.__file__).parents[1]
-    draws = {root / "train" / "demo_data.py", root / "train" / "demo_figure.py"}  # and reads nothing
+    draws = {root / "train" / name for name in ("demo_data.py", "demo_figure.py", "contact_sheet.py")}  # and read nothing
     files = {*root.glob("serve/*.py"), *root.glob("train/*.py"), *root.glob("export/*.py"), root / "app.py", root / "cli.py"}
     for path in files - draws - {Path(serve.preprocess.__file__)}:
         found = re.findall(r"Image\.open|ImageOps|\.resize\(|cv2|torchvision\.io|imageio", path.read_text())

@@ -27,11 +27,17 @@ from serve.sources import open_source
 from train import pretrain as module
 from train.checkpoint import load_checkpoint, load_encoder, save_checkpoint
 from train.config import PretrainConfig
-from train.data import load_pixels, training_frame
-from train.pretrain import MetricsLog, Trainer, make_plan, pretrain, samples_per_second, stop_signals
+from train.data import Batch
+from train.plan import make_plan
+from train.pretrain import Trainer, pretrain, ready_trainer, samples_per_second
+from train.record import MetricsLog, stop_signals
 
 COUNT, BATCH, STEPS = 24, 8, 6
+CPU = torch.device("cpu")
 KEYS = {"step", "epoch", "loss", "chance_loss", "contrastive_top1", "chance_top1", "lr", "samples_per_s", "data_share"}
+KEYS |= {"probe_loss", "probe_train_accuracy"}
+NOW_AND_THEN = {"knn_accuracy", "probe_accuracy"}
+NOW_AND_THEN |= {"effective_rank", "dimension_std", "alignment", "uniformity", "feature_std"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +68,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(images: Path, run: Path, **changes: Any) -> PretrainConfig:
-    fields = {"width": 0.125, "image_size": "16", "batch_size": BATCH, "epochs": STEPS * BATCH / COUNT, "learning_rate": 2.0}
+    fields = {
+        "precision": "fp32",
+        "width": 0.125,
+        "image_size": "16",
+        "batch_size": BATCH,
+        "epochs": STEPS * BATCH / COUNT,
+        "learning_rate": 2.0,
+    }
     return PretrainConfig(images=str(images), run=run, **(fields | changes))
 
 
@@ -105,11 +118,11 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[],
     """Do something at the beginning of this step, once."""
     original, due = Trainer._one_step, [True]
 
-    def one_step(trainer: Trainer) -> dict[str, float]:
+    def one_step(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, float]:
         if trainer.step == step and due:
             due.clear()
             action()
-        return original(trainer)
+        return original(trainer, batches)
 
     monkeypatch.setattr(Trainer, "_one_step", one_step)
 
@@ -130,7 +143,15 @@ def one_line(refusal: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 def test_a_run_leaves_its_files(finished: Path) -> None:
-    names = {"config.json", "checkpoint.pt", "encoder.safetensors", "encoder.json", "metrics.jsonl", "tensorboard"}
+    names = {
+        "config.json",
+        "checkpoint.pt",
+        "encoder.safetensors",
+        "encoder.json",
+        "metrics.jsonl",
+        "contact_sheet.png",
+        "tensorboard",
+    }
     assert {path.name for path in finished.iterdir()} == names
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
     config = json.loads((finished / "config.json").read_text())
@@ -145,8 +166,10 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
 def test_every_step_has_its_line(finished: Path) -> None:
     found = lines(finished)
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
-    assert all(line.keys() - {"knn_accuracy"} == KEYS for line in found)
-    assert [line["step"] for line in found if "knn_accuracy" in line] == [3, 6], "kNN once an epoch, for there are labels"
+    assert all(line.keys() - NOW_AND_THEN == KEYS for line in found)
+    for name in ("knn_accuracy", "probe_accuracy"):
+        assert [line["step"] for line in found if name in line] == [3, 6], "once an epoch, for there are labels"
+    assert found[-1].keys() == KEYS | NOW_AND_THEN
     assert all(math.isfinite(value) for line in found for value in line.values())
     assert [line["epoch"] for line in found] == pytest.approx([step / 3 for step in range(1, 7)], abs=1e-6)
     assert {line["chance_loss"] for line in found} == {round(math.log(2 * BATCH - 1), 6)}
@@ -174,21 +197,23 @@ def test_the_same_seed_gives_the_same_encoder_and_another_does_not(pictures: Pat
 
 
 def trainer_of(images: Path, run: Path, **changes: Any) -> Trainer:
-    config = settings(images, run, **changes)
-    source = open_source(images)
-    plan = make_plan(config, source)
-    return Trainer(config, plan, source, load_pixels(source.train, training_frame(plan.preprocess)))
+    return ready_trainer(settings(images, run, **changes), open_source(images))
+
+
+def batches_of(trainer: Trainer) -> Iterator[Batch]:
+    return trainer.feed.batches(trainer._rows_left())
 
 
 def test_an_epoch_shows_every_picture_once_and_twins_are_b_rows_apart(pictures: Path, tmp_path: Path) -> None:
     trainer = trainer_of(pictures, tmp_path / "run")
     trainer.augment = lambda images, _generator: images.float()  # type: ignore[assignment]
-    steps = [trainer._views(step).chunk(2) for step in range(6)]
+    whole = slice(0, BATCH)
+    steps = [batch.views(whole, trainer.augment, torch.Generator()).chunk(2) for batch in batches_of(trainer)]
     assert all(torch.equal(*views) for views in steps)
     for epoch in (steps[:3], steps[3:]):
         seen = torch.cat([views[0] for views in epoch]).byte()
         assert sorted(picture.flatten().tolist() for picture in seen) == sorted(
-            picture.flatten().tolist() for picture in trainer.pixels.images
+            picture.flatten().tolist() for picture in trainer.feed.images
         )
     assert not torch.equal(steps[0][0], steps[3][0])
 
@@ -197,8 +222,78 @@ def test_both_views_go_through_the_network_together(pictures: Path, tmp_path: Pa
     trainer = trainer_of(pictures, tmp_path / "run")
     shapes: list[tuple[int, ...]] = []
     trainer.model.register_forward_pre_hook(lambda _module, inputs: shapes.append(tuple(inputs[0].shape)))
-    trainer._one_step()
+    trainer._one_step(batches_of(trainer))
     assert shapes == [(2 * BATCH, 3, 16, 16)]
+
+
+def test_chunks_see_few_pictures_at_a_time_and_all_negatives(pictures: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(pictures, tmp_path / "run", chunk=3)
+    shapes: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda _module, inputs: shapes.append(len(inputs[0])))
+    metrics = trainer._one_step(batches_of(trainer))
+    assert shapes == [4, 6, 6, 4, 6, 6], "once for the projections, once for the gradients"
+    assert metrics["chance_loss"] == math.log(2 * BATCH - 1)
+
+
+def test_a_chunk_draws_the_same_views_both_times(pictures: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(pictures, tmp_path / "run", chunk=4)
+    seen: list[torch.Tensor] = []
+    trainer.model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
+    trainer._one_step(batches_of(trainer))
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"workers": 1}, {"chunk": 4}, {"precision": "bf16"}, {"augmentation": 1}, {"head_layers": 3}],
+    ids=str,
+)
+def test_every_way_of_training_trains(pictures: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    found = lines(pretrain(settings(pictures, tmp_path / "run", **changes)))
+    assert len(found) == STEPS
+    assert all(1 < line["loss"] < 6 for line in found), "more than chance, 2.7, where batch norm sees few pictures"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"precision": "bf16", "compile": True}], ids=str)
+def test_training_on_a_gpu(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    monkeypatch.undo()
+    found = lines(pretrain(settings(pictures, tmp_path / "run", **changes)))
+    assert len(found) == STEPS
+    assert all(1 < line["loss"] < 4 for line in found)
+
+
+def test_the_compiled_network_is_the_same_one(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled by the backend that changes nothing: what is pinned is that training and its files work around it."""
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: original(module, backend="eager"))
+    plain, compiled = (
+        lines(pretrain(settings(pictures, tmp_path / str(chosen), compile=chosen, epochs=1))) for chosen in (False, True)
+    )
+    assert [line["loss"] for line in plain] == pytest.approx([line["loss"] for line in compiled], abs=1e-4)
+    assert load_encoder(tmp_path / "True")[0].feature_dim == load_encoder(tmp_path / "False")[0].feature_dim
+
+
+def test_a_run_shows_itself_before_and_while_it_trains(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(settings(pictures, tmp_path / "run", learning_rate=None))
+    said = capsys.readouterr().err
+    assert f"peak lr {0.075 * math.sqrt(BATCH):.3g} (sqrt rule)" in said
+    for part in ("memory    about", "time      about", "no duplicates among 24 pictures", "kNN accuracy", "linear probe"):
+        assert part in said
+    with Image.open(tmp_path / "run" / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 200
+
+
+def test_the_rehearsal_leaves_no_trace(pictures: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(pictures, tmp_path / "run")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert 0 < trainer.seconds_per_picture() < 10
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(weight.grad is None for weight in trainer.model.parameters())
 
 
 # --- what follows from the pictures -----------------------------------------------------------------------------------
@@ -215,11 +310,11 @@ def test_both_views_go_through_the_network_together(pictures: Path, tmp_path: Pa
 )
 def test_the_plan_follows_the_frame(pictures: Path, tmp_path: Path, size: str, wanted: dict[str, Any]) -> None:
     source = open_source(pictures)
-    plan = make_plan(settings(pictures, tmp_path, image_size=size, learning_rate=None), source)
+    plan = make_plan(settings(pictures, tmp_path, image_size=size, learning_rate=None), source, CPU)
     assert {name: getattr(plan, name) for name in wanted} == wanted
     assert plan.peak_lr == pytest.approx(0.075 * math.sqrt(BATCH))
     asked = {"stem": "small-s2", "crop_area": 0.3, "strength": 0.7}
-    plan = make_plan(settings(pictures, tmp_path, image_size=size, **asked), source)
+    plan = make_plan(settings(pictures, tmp_path, image_size=size, **asked), source, CPU)
     assert {name: getattr(plan, name) for name in asked} == asked
     assert plan.peak_lr == 2.0
 
@@ -228,7 +323,7 @@ def test_the_plan_follows_the_frame(pictures: Path, tmp_path: Path, size: str, w
     ("epochs", "steps", "warmup"), [(2, 6, 0), (10, 30, 3), (100, 300, 30), (1000, 3000, 30), (0.01, 1, 0)]
 )
 def test_the_number_of_steps(pictures: Path, tmp_path: Path, epochs: float, steps: int, warmup: int) -> None:
-    plan = make_plan(settings(pictures, tmp_path, epochs=epochs), open_source(pictures))
+    plan = make_plan(settings(pictures, tmp_path, epochs=epochs), open_source(pictures), CPU)
     assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (3, steps, warmup)
 
 
@@ -246,6 +341,12 @@ def test_the_number_of_steps(pictures: Path, tmp_path: Path, epochs: float, step
         ({"width": 0.1}, "--width is 0.1, wanted at least 0.125"),
         ({"temperature": 0}, "--temperature is 0, wanted more than 0"),
         ({"temperature": math.nan}, "--temperature is nan"),
+        ({"sk": True}, "--sk with --arch resnet18"),
+        ({"chunk": 1}, "--chunk is 1, wanted at least 2"),
+        ({"head_layers": 4}, "--head-layers is 4, wanted 2 or 3"),
+        ({"projection_dim": 1}, "--projection-dim is 1, wanted at least 2"),
+        ({"weight_decay": -1}, "--weight-decay is -1, wanted 0 to 1"),
+        ({"workers": -1}, "--workers is -1, wanted 0 to 1024"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, changes: dict[str, float], message: str) -> None:
@@ -355,9 +456,11 @@ def test_a_moved_run_goes_on(pictures: Path, finished: Path, run: Path, tmp_path
 def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     written = [json.dumps({"step": step, "loss": 1.5}) for step in range(1, 8)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(written) + '\n{"step": 8, "lo')
-    with MetricsLog(tmp_path, 5) as log:
-        log.write(6, {"loss": 0.123456789})
-    assert lines(tmp_path) == [*map(json.loads, written[:5]), {"step": 6, "loss": 0.123457}]
+    metrics = dict.fromkeys(KEYS - {"step"}, 0.5) | {"loss": 0.123456789}
+    with MetricsLog(tmp_path, 5, 10) as log:
+        assert [line["step"] for line in log.past] == [1, 2, 3, 4, 5]
+        log.write(6, metrics)
+    assert lines(tmp_path) == [*map(json.loads, written[:5]), metrics | {"step": 6, "loss": 0.123457}]
 
 
 def test_a_second_signal_stops_at_once_and_the_handlers_come_back() -> None:
@@ -412,7 +515,7 @@ def test_other_pictures_are_refused(pictures: Path, run: Path, tmp_path: Path) -
         change()
         with pytest.raises(TrainingError, match="started differently") as refusal:
             pretrain(settings(moved, run, resume=True))
-        assert "images" in one_line(refusal)
+        assert "sources_sha256" in one_line(refusal)
     assert contents(run) == before
 
 
@@ -486,11 +589,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(pictures, tmp_path / "run")
-    trainer._one_step()
+    batches = batches_of(trainer)
+    trainer._one_step(batches)
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
-    monkeypatch.setattr(module, "nt_xent_loss", lambda z, temperature: (z * math.nan).sum())
+    monkeypatch.setattr(module, "nt_xent_with_top1", lambda z, **_: ((z * math.nan).sum(), torch.zeros(())))
     with pytest.raises(TrainingError, match=r"the loss is nan at step 1.*lower --learning-rate") as refusal:
-        trainer._one_step()
+        trainer._one_step(batches)
     assert "--resume" not in one_line(refusal), "which would refuse the lower rate"
     assert trainer.step == 1
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())

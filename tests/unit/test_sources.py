@@ -10,6 +10,8 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections import Counter
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from PIL import Image
 from serve.contract import Preprocess
 from serve.errors import SourceError
 from serve.preprocess import load_image
-from serve.sources import Sample, open_source, read_batches, read_bytes
+from serve.sources import Sample, describe_traits, open_source, read_batches, read_bytes
 
 FRAME = Preprocess(height_px=8, width_px=6, resize="stretch", crop=1.0, resample="bicubic")
 
@@ -240,12 +242,14 @@ def test_the_order_is_sorted_and_does_not_depend_on_the_disk(tmp_path, monkeypat
     fill(tmp_path, *names)
     wanted = [sample.source for sample in open_source(tmp_path).train]
     assert wanted == [str(tmp_path / name) for name in sorted(names)]
-    walk = os.walk
+    scandir = os.scandir
 
-    def backwards(root):
-        return [(folder, folders, names[::-1]) for folder, folders, names in reversed(list(walk(root)))]
+    @contextmanager
+    def backwards(path):
+        with scandir(path) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=True)
 
-    monkeypatch.setattr(os, "walk", backwards)
+    monkeypatch.setattr(os, "scandir", backwards)
     assert [sample.source for sample in open_source(tmp_path).train] == wanted
 
 
@@ -478,6 +482,52 @@ def test_a_batch_of_unreadable_pictures_has_no_rows(tmp_path):
     assert list(read_batches([], FRAME)) == []
 
 
+def test_batches_count_what_is_unusual(tmp_path):
+    for i in range(25):
+        kind = "RGB" if i % 5 else "L"
+        Image.new(kind, (9, 7)).save(tmp_path / f"{i}.jpg")
+    Image.new("CMYK", (9, 7)).save(tmp_path / "ink.jpg")
+    Image.new("RGB", (9, 7)).save(tmp_path / "move.gif", save_all=True, append_images=[Image.new("RGB", (9, 7), (255, 0, 0))])
+    (tmp_path / "broken.png").write_bytes(PNG[:60])
+    traits = Counter()
+    assert sum(len(good) for good, _, _ in read_batches(open_source(tmp_path).train, FRAME, 10, traits)) == 27
+    assert traits == {"grey": 5, "CMYK": 1, "animated": 1}
+    assert describe_traits(traits) == "5 grey, 1 CMYK, 1 animated (first frame used)"
+    assert describe_traits(Counter()) == ""
+
+
+@pytest.mark.parametrize("damage", ["header", "tail"])
+def test_a_tar_damaged_in_the_middle_is_not_taken_for_a_short_one(tmp_path, damage):
+    """Python's tarfile stops at a damaged header without a word."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        for file in sorted(fill(tmp_path / "folder", *(f"{i}.png" for i in range(5))).iterdir()):
+            archive.add(file, file.name)
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    if damage == "header":
+        data[data.index(b"3.png")] ^= 1
+    else:
+        del data[data.index(b"4.png") + 700 :]
+    (tmp_path / "a.tar").write_bytes(data)
+    message = refusal(tmp_path / "a.tar")
+    assert "a.tar: not a readable archive" in message
+    assert re.search("damaged at byte 3,072|unexpected end of data", message), message
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert refusal(tmp_path) == f"{tmp_path}: cannot be listed (Permission denied)"
+
+
+def test_linked_folders_are_followed(tmp_path):
+    fill(tmp_path / "elsewhere", "1.png")
+    fill(tmp_path / "root", "dog/2.png")
+    (tmp_path / "root" / "cat").symlink_to(tmp_path / "elsewhere")
+    assert labels(tmp_path / "root") == [("1.png", "cat"), ("2.png", "dog")]
+
+
 def test_many_threads_read_one_archive(tmp_path):
     folder = fill(tmp_path / "folder", *(f"{i:03}.png" for i in range(60)))
     for archive in (zipped(folder, tmp_path / "a.zip"), tarred(folder, tmp_path / "a.tar")):
@@ -486,6 +536,24 @@ def test_many_threads_read_one_archive(tmp_path):
         for i, sample in enumerate(good):
             assert sample.source.endswith(f"{i:03}.png")
             np.testing.assert_array_equal(pixels[i], load_image(picture(i), FRAME))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_forked_workers_do_not_share_an_archives_handle(tmp_path):
+    """A handle opened before the fork has one place in the file for all: each worker would move the others' reads."""
+    archive = zipped(fill(tmp_path / "folder", *(f"{i:03}.png" for i in range(40))), tmp_path / "a.zip")
+    sources = [sample.source for sample in open_source(archive).train]
+    wanted = [read_bytes(source) for source in sources]
+    workers = []
+    for worker in range(3):
+        if (child := os.fork()) == 0:
+            try:
+                order = np.random.default_rng(worker).integers(0, 40, 1500)
+                os._exit(0 if all(read_bytes(sources[i]) == wanted[i] for i in order) else 1)
+            except BaseException:
+                os._exit(2)
+        workers.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in workers] == [0, 0, 0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such names")

@@ -1,0 +1,145 @@
+"""Data larger than memory: worker processes decode and crop, the rest of the augmentation is batched on the device.
+
+The crop of a picture depends on (seed, epoch, picture) alone, so neither the number of workers nor an interruption changes
+a run.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from serve.contract import Preprocess
+from serve.errors import SourceError, TrainingError
+from serve.sources import Sample, Unreadable, read_picture
+from train.augment import crop_views
+from train.data import Batch, step_generator
+
+PIECE = 32
+"""Pictures that a worker hands over at once: small enough for containers with 64 MB of shared memory."""
+
+Order: TypeAlias = tuple[int, Tensor]
+"""An epoch and rows of it."""
+
+
+class Piece(NamedTuple):
+    """What a worker hands over: crops uint8 (2, n, 3, H, W), their rows (n,), what could not be read, what stood out."""
+
+    crops: Tensor
+    rows: Tensor
+    faults: list[Unreadable]
+    traits: list[str]
+
+
+class Streamed:
+    """Pictures that are read anew in every epoch. One that cannot be read is replaced by the next one and told once."""
+
+    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, crop_area: float, *, workers: int, seed: int) -> None:
+        if workers < 1:
+            raise ValueError(f"workers is {workers}, wanted at least 1")
+        self.samples = tuple(samples)
+        self.unreadable: list[Unreadable] = []
+        self.traits: Counter[str] = Counter()
+        """Of the first epoch's pictures, as they arrive."""
+        self._crops = _Crops([sample.source for sample in samples], preprocess, crop_area, seed)
+        self._workers = workers
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batches(self, steps: Iterator[Order]) -> Iterator[Batch]:
+        """A crop for each view of the pictures of each (epoch, rows). Raises: TrainingError if a worker dies."""
+        pieces_per_step: list[int] = []
+
+        def pieces() -> Iterator[Order]:
+            for epoch, rows in steps:
+                parts = rows.split(PIECE)
+                pieces_per_step.append(len(parts))
+                yield from ((epoch, part) for part in parts)
+
+        loader = DataLoader(
+            self._crops,
+            batch_size=None,
+            sampler=pieces(),
+            num_workers=self._workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            prefetch_factor=4,
+        )
+        arriving = iter(loader)
+        while True:
+            try:
+                done = [next(arriving)]
+                done += [next(arriving) for _ in range(pieces_per_step.pop(0) - 1)]
+            except StopIteration:
+                return
+            except RuntimeError as error:  # killed for memory, or no room in /dev/shm
+                reason = str(error).splitlines()[0]
+                raise TrainingError(f"a worker process died ({reason}); use fewer --workers, then --resume") from error
+            for piece in done:
+                self.traits.update(piece.traits)
+            self._note([fault for piece in done for fault in piece.faults])
+            yield Batch(torch.cat([piece.crops for piece in done], dim=1), torch.cat([piece.rows for piece in done]))
+
+    def _note(self, faults: list[Unreadable]) -> None:
+        known = {fault.source for fault in self.unreadable}
+        self.unreadable += [fault for fault in faults if fault.source not in known]
+        if len(self.unreadable) == len(self):
+            raise SourceError(f"none of {len(self)} pictures can be read; the first: {self.unreadable[0].reason}")
+
+
+class _Crops(Dataset[Any]):
+    """Decodes and crops, in the workers."""
+
+    def __init__(self, sources: Sequence[str], preprocess: Preprocess, crop_area: float, seed: int) -> None:
+        names = [source.encode("utf-8", "surrogateescape") for source in sources]
+        # One array, not a million strings: counting their references would copy them into every worker.
+        self._names = np.frombuffer(b"".join(names), np.uint8)
+        self._ends = np.cumsum([len(name) for name in names])
+        self._preprocess, self._crop_area, self._seed = preprocess, crop_area, seed
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, order: Order) -> Piece:
+        epoch, rows = order
+        size = self._preprocess.height_px, self._preprocess.width_px
+        crops = np.empty((2, len(rows), *size, 3), np.uint8)
+        piece = Piece(torch.from_numpy(crops).permute(0, 1, 4, 2, 3), rows.clone(), [], [])
+        for place, row in enumerate(rows.tolist()):
+            traits: list[str] = []
+            picture, piece.rows[place] = self._next_readable(row, piece.faults, traits)
+            if picture is None:
+                break
+            piece.traits.extend(traits if epoch == 0 else ())
+            aspect = picture.width / picture.height if self._preprocess.resize == "stretch" else size[1] / size[0]
+            generator = step_generator(self._seed, epoch, stream=f"crop/{self._name(row)}")
+            crops[:, place] = crop_views(picture, size, self._crop_area, generator, aspect)
+        return piece
+
+    def _next_readable(self, row: int, faults: list[Unreadable], traits: list[str]) -> tuple[Image.Image | None, int]:
+        """This picture or the first after it that can be read, and which one it is; None if there is none at all."""
+        for candidate in range(row, row + len(self)):
+            picture = read_picture(self._name(candidate % len(self)), traits)
+            if not isinstance(picture, Unreadable):
+                return picture, candidate % len(self)
+            faults.append(picture)
+        return None, row
+
+    def _name(self, row: int) -> str:
+        start = self._ends[row - 1] if row else 0
+        return self._names[start : self._ends[row]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def _start_worker(_worker: int) -> None:
+    """Ctrl-C reaches the workers too: they go on, so that the step can be finished and saved. SIGTERM ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
