@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -219,12 +220,12 @@ def our_views(pictures: NDArray[np.uint8], size_px: int, steps: tuple[str, ...],
             on = torch.tensor([OPERATIONS.index(step) for step in steps])
             return turns.where(torch.isin(turns, on), torch.tensor(-1)), amounts
 
-    def bilinear(crop: Tensor, size_px: tuple[int, int], mode: str, antialias: bool) -> Tensor:
-        return torch.nn.functional.interpolate(crop, size_px, mode="bilinear", antialias=antialias)
+    def bilinear(crop: Tensor, size_px: tuple[int, int], **_: object) -> Tensor:
+        return interpolate(crop, size_px, mode="bilinear", antialias=True)
 
     views, generator = Only(size_px), torch.Generator().manual_seed(0)
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-    with mock.patch.object(augment, "interpolate", bilinear if steps == EQUALS else augment.interpolate):
+    with mock.patch.object(augment, "interpolate", bilinear if steps == EQUALS else interpolate):
         for first in range(0, count, 100):
             batch = images[torch.arange(first, min(first + 100, count)) % len(images)]
             yield views.after_crop(batch, generator) if uncropped(steps) else views(batch, generator)

@@ -138,7 +138,7 @@ def _former_config(run: Path, source: str) -> PretrainConfig | None:
     if not (run / CHECKPOINT).exists():  # it ended before anything was worth keeping
         shutil.rmtree(run)
         return None
-    names = {field.name for field in fields(PretrainConfig)} - {"run", "resume"}
+    names = {field.name for field in fields(PretrainConfig)} - {"run", "resume", "workers"}
     return PretrainConfig(run=run, resume=True, **{name: recorded[name] for name in names})
 
 

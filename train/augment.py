@@ -136,29 +136,16 @@ def crop_views(
     crop_area: float,
     generator: torch.Generator,
     target_aspect: float | None = None,
-    count: int = 2,
 ) -> NDArray[np.uint8]:
-    """Random boxes of one RGB picture, resized to (height, width): uint8 (count, h, w, 3). What a worker does of `crop`.
+    """Two random boxes of one RGB picture, resized to (height, width): uint8 (2, h, w, 3). What a worker does of `crop`.
 
     `target_aspect` (width / height) is that of `size_px` unless given.
     """
     aspect = size_px[1] / size_px[0] if target_aspect is None else target_aspect
-    boxes = random_boxes(count, picture.height, picture.width, aspect, crop_area, generator)
+    boxes = random_boxes(2, picture.height, picture.width, aspect, crop_area, generator)
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
     crops = [resize(image, box, size_px) for box in torch.stack(boxes, 1).tolist()]
     return torch.cat(crops).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def crop_view(
-    picture: Image.Image,
-    size_px: tuple[int, int],
-    crop_area: float,
-    generator: torch.Generator,
-    target_aspect: float | None = None,
-) -> NDArray[np.uint8]:
-    """One of them: uint8 (h, w, 3)."""
-    view: NDArray[np.uint8] = crop_views(picture, size_px, crop_area, generator, target_aspect, count=1)[0]
-    return view
 
 
 def random_boxes(
@@ -282,7 +269,7 @@ def blur(images: Tensor, sigma: Tensor) -> None:
     """Gaussian of 2 * ((H // 10) // 2) + 1 taps per axis, zeros beyond the border ('SAME')."""
     height, width = images.shape[2:]
     radius = height // 10 // 2
-    if len(images) == 1:
+    if len(images) == 1 and not images.is_cuda:
         _blur_by_shifts(images, _taps(sigma, torch.arange(radius + 1), radius)[0].tolist())
     else:
         rows, columns = (_taps(sigma, _distances(size, sigma.device), radius) for size in (height, width))

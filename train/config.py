@@ -94,5 +94,5 @@ class PretrainConfig:
             raise TrainingError(f"--head-layers is {self.head_layers}, wanted 2 or 3")
         if self.sk and self.arch in ("resnet18", "resnet34"):
             raise TrainingError(f"--sk with --arch {self.arch}: selective kernels are for resnet50 and deeper")
-        if not self.temperature > 0:
-            raise TrainingError(f"--temperature is {self.temperature}, wanted more than 0")
+        if not 0.002 <= self.temperature < math.inf:
+            raise TrainingError(f"--temperature is {self.temperature}, wanted at least 0.002")

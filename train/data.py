@@ -6,7 +6,7 @@ import hashlib
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,7 +58,7 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batches(self, steps: Iterator[tuple[int, Tensor]]) -> Iterator[Batch]:
+    def batches(self, steps: Iterator[tuple[int, Tensor]]) -> Generator[Batch]:
         """The pictures of each (epoch, rows), pinned for a GPU."""
         for _, rows in steps:
             pixels = self.images[rows]
@@ -111,21 +111,24 @@ def training_frame(preprocess: Preprocess) -> Preprocess:
 
 
 def step_rows(
-    count: int, batch_size: int, seed: int, *, first_step: int, total_steps: int, steps_per_epoch: int
+    count: int, batch_size: int, seed: int, *, first_step: int, total_steps: int, steps_per_epoch: int, rank: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
     """(epoch, rows) of every step that is left. Rows that fill no batch wait for another epoch."""
     epoch, order = -1, torch.empty(0)
     for step in range(first_step, total_steps):
         if step // steps_per_epoch != epoch:
             epoch = step // steps_per_epoch
-            order = epoch_order(count, epoch, seed)
+            order = epoch_order(count, epoch, seed, rank)
         place = step % steps_per_epoch
         yield epoch, order[place * batch_size : (place + 1) * batch_size]
 
 
-def epoch_order(count: int, epoch: int, seed: int) -> Tensor:
-    """The permutation of one epoch; a function of its arguments, so that resuming needs no saved state."""
-    return torch.randperm(count, generator=step_generator(seed, epoch, stream="order"))
+def epoch_order(count: int, epoch: int, seed: int, rank: int = 0) -> Tensor:
+    """The permutation of one epoch; a function of its arguments, so that resuming needs no saved state.
+
+    Every process has its own: neighbours in a sorted list, one to a process, would else always meet in one batch.
+    """
+    return torch.randperm(count, generator=step_generator(seed, epoch, stream=f"order/{rank}"))
 
 
 def step_generator(seed: int, number: int, *, stream: str = "views", device: torch.device | str = "cpu") -> torch.Generator:

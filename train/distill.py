@@ -21,7 +21,7 @@ from serve.contract import Manifest
 from serve.encoder import Encoder as ServedEncoder
 from serve.errors import TrainingError
 from serve.sources import ImageSet, open_source
-from train.checkpoint import CHECKPOINT, CONFIG, load_checkpoint, save_checkpoint, save_encoder, write_config
+from train.checkpoint import CARD, CHECKPOINT, CONFIG, load_checkpoint, save_checkpoint, save_encoder, write_config
 from train.config import Arch, Stem
 from train.data import sources_sha256
 from train.encoder import Encoder
@@ -90,7 +90,7 @@ def distill(
     Returns: the report that head.npz carries. Raises: EncoderMismatch, SourceError, TrainingError, OSError.
     """
     head.require(teacher.encoder_id)
-    if not resume and ((run / CHECKPOINT).exists() or (run / CONFIG).exists()):
+    if not resume and any((run / name).exists() for name in (CHECKPOINT, CARD)):
         raise TrainingError(f"{run}: already holds a run; add --resume to go on with it, or choose another --run")
     images = open_source(source)
     preprocess = teacher.manifest.preprocess

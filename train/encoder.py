@@ -8,13 +8,15 @@ dimension, P = projection dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import JsonValue
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
 
 LAYERS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),

@@ -199,16 +199,11 @@ class Watch:
 
     def _starvation(self, _step: int, _metrics: Mapping[str, float]) -> str | None:
         share, rate = (statistics.median(values) for values in zip(*self._waits, strict=True))
-        if len(self._waits) < STARVED_STEPS or share <= STARVED_SHARE:
+        if not self._workers or len(self._waits) < STARVED_STEPS or share <= STARVED_SHARE:
             return None
         waits = f"{share:.0%} of the time goes into pictures, not learning"
         could = f"the model could take {rate / max(1 - share, 0.01):.0f}/s"
-        if self._workers:
-            return (
-                f"{waits}: {self._workers} workers decode {rate:.0f} pictures/s, {could}; more --workers, smaller pictures "
-                "(resize the set once) or a faster disk"
-            )
         return (
-            f"{waits}: views are drawn of {rate:.0f} pictures/s, {could}; a smaller --image-size takes less, a larger --width "
-            "or --arch costs little more"
+            f"{waits}: {self._workers} workers decode {rate:.0f} pictures/s, {could}; more --workers, smaller pictures "
+            "(resize the set once) or a faster disk"
         )

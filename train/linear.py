@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -81,7 +82,7 @@ class Feed(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, steps: Iterator[tuple[int, Tensor]]) -> Iterator[Batch]:
+    def batches(self, steps: Iterator[tuple[int, Tensor]]) -> Generator[Batch]:
         """The pictures of each (epoch, rows)."""
 
 
@@ -122,8 +123,11 @@ def descend(
         len(feed), recipe.batch_size, seed, first_step=first_step, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
     augment = SimCLRAugment((preprocess.height_px, preprocess.width_px), crop_area=crop_area(preprocess))
-    with tqdm(total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True) as bar:
-        for step, batch in enumerate(feed.batches(rows), start=first_step):
+    with (
+        closing(feed.batches(rows)) as batches,
+        tqdm(total=total_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True) as bar,
+    ):
+        for step, batch in enumerate(batches, start=first_step):
             views = crop_and_flip(batch, augment, step_generator(seed, step, stream=name, device=device))
             loss = loss_of(views, batch.rows)
             if not torch.isfinite(loss):

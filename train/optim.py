@@ -56,7 +56,7 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        """All tensors of a group by few calls: one kernel for many tensors on a GPU, and no waiting for it (no `.item()`)."""
+        """All tensors of a group by few calls, without waiting for a GPU (no `.item()`)."""
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         rates = [torch.ones((), device=weight.device) for weight in weights]
         if group["adapt"]:

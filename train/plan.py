@@ -54,7 +54,8 @@ def make_plan(config: PretrainConfig, images: ImageSet, device: torch.device) ->
         )
     if config.batch_size % world or config.batch_size < 2 * world:
         raise TrainingError(
-            f"--batch-size is {config.batch_size} on {world} processes; it is that of all together, a multiple of {world}"
+            f"--batch-size is {config.batch_size} on {world} processes; it is that of all together, a multiple of {world} and "
+            f"at least {2 * world}"
         )
     preprocess = preprocess_for(images.train, config.image_size)
     short = min(preprocess.height_px, preprocess.width_px)

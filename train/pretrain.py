@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,16 @@ from serve.errors import TrainingError
 from serve.sources import ImageSet, describe_traits, open_source
 from train import distributed
 from train.augment import SimCLRAugment
-from train.checkpoint import CHECKPOINT, CONFIG, CONTACT_SHEET, load_checkpoint, save_checkpoint, save_encoder, write_config
+from train.checkpoint import (
+    CARD,
+    CHECKPOINT,
+    CONFIG,
+    CONTACT_SHEET,
+    load_checkpoint,
+    save_checkpoint,
+    save_encoder,
+    write_config,
+)
 from train.config import PretrainConfig
 from train.contact_sheet import contact_sheet, save_contact_sheet
 from train.data import Batch, Pixels, load_pixels, preprocess_for, sources_sha256, step_generator, step_rows, training_frame
@@ -42,10 +51,14 @@ from train.online import OnlineProbe, OnlineSet
 from train.optim import LARS, lr_at, parameter_groups
 from train.plan import DTYPES, Plan, choose_workers, count_steps, describe, duration, make_plan
 from train.record import MetricsLog, stop_signals
-from train.stream import Streamed
+from train.stream import Streamed, worker_died
 
 MAY_DIFFER = frozenset({"images", "run", "preset"})
 """Facts that say nothing that other facts do not say: the list of pictures has a digest of its own."""
+HINTS = {
+    "streamed": "give --workers 0 for pictures in memory, 1 or more for streamed ones",
+    "sources_sha256": "the list of pictures is another one: other files, or --images written in another way",
+}
 REHEARSAL_PICTURES = 32
 LOOKS_PER_RUN, SIGNS_EVERY = 8, 10
 """How often pictures are embedded to score and show them, and in which steps the projections' spread is measured."""
@@ -66,6 +79,10 @@ def pretrain(config: PretrainConfig) -> Path:
         plan = make_plan(config, images, device)
         feed = open_feed(config, plan, images)
         return Trainer(config, _fit_to(feed, config, plan), images, feed, device).train()
+    except RuntimeError as error:
+        if death := worker_died(error):
+            raise death from error
+        raise
     finally:
         distributed.stop()
 
@@ -104,11 +121,13 @@ class Trainer:
         self.model = SimCLR(encoder, head).to(device).to(memory_format=torch.channels_last)
         frame = plan.preprocess.height_px, plan.preprocess.width_px
         self.tile_rows = tile_rows_for(config.batch_size)
+        self.share = config.batch_size // plan.world_size
+        self.chunk = min(config.chunk or self.share, self.share)
         self.memory = memory_estimate(
             self.model,
             frame,
             batch_size=config.batch_size,
-            chunk=config.chunk,
+            chunk=self.chunk,
             dtype=DTYPES[plan.precision],
             tile_rows=self.tile_rows,
             world_size=plan.world_size,
@@ -117,14 +136,14 @@ class Trainer:
         self.network: nn.Module = self.model
         if plan.world_size > 1:
             distributed.convert_batchnorm(self.model)
-            self.network = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.network = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if config.compile:
             self.model.compile()
         self.optimizer = LARS(parameter_groups(self.model), lr=0.0, weight_decay=config.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
         self.augment = SimCLRAugment(frame, plan.strength, plan.blur, config.augmentation, crop_area=plan.crop_area)
         self.pictures = distributed.total(len(feed))
-        self.step = self._told = 0
+        self.step = 0
 
     def train(self) -> Path:
         """Run all steps that are left."""
@@ -137,10 +156,10 @@ class Trainer:
         if not self.config.resume and distributed.rank() == 0:
             write_config(run, facts)
             self._save(facts)  # so that a run which dies early, or on a full disk, can always be resumed
-        with stop_signals() as stopped, self._log() as log:
+        batches = self.feed.batches(self._rows_left())
+        with stop_signals() as stopped, self._log() as log, closing(batches):
             watch = self._watch(log)
             saved_at = time.monotonic()
-            batches = self.feed.batches(self._rows_left())
             while self.step < self.plan.total_steps and not distributed.any_of(bool(stopped)):
                 metrics = self._one_step(batches)
                 if log:
@@ -151,11 +170,12 @@ class Trainer:
                 if time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
                     self._save(facts)
                     saved_at = time.monotonic()
-        self._save(facts)
-        if distributed.rank() == 0:
-            save_encoder(run, self.model.encoder, self.plan.preprocess, facts | {"steps": self.step})
+            self._save(facts)
+            if distributed.rank() == 0:
+                save_encoder(run, self.model.encoder, self.plan.preprocess, facts | {"steps": self.step})
             if self.plan.streamed:
                 self._tell_of_pictures()
+            distributed.any_of(False)  # until all is written: torchrun ends the others when one process leaves
         if self.step < self.plan.total_steps:
             done = f"stopped after step {self.step} of {self.plan.total_steps}, saved"
             raise KeyboardInterrupt(f"{done}; repeat the command to go on (simclr pretrain: with --resume)")
@@ -168,8 +188,9 @@ class Trainer:
     def _rows_left(self) -> Iterator[tuple[int, Tensor]]:
         return step_rows(
             len(self.feed),
-            self.config.batch_size // self.plan.world_size,
+            self.share,
             self.config.seed,
+            rank=distributed.rank(),
             first_step=self.step,
             total_steps=self.plan.total_steps,
             steps_per_epoch=self.plan.steps_per_epoch,
@@ -206,7 +227,7 @@ class Trainer:
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and contrastive top-1 of the whole batch; gradients are left in the parameters."""
-        count = math.ceil(len(batch) / (self.config.chunk or len(batch)))
+        count = math.ceil(len(batch) / self.chunk)
         edges = [len(batch) * number // count for number in range(count + 1)]  # equal chunks, lest the last one is tiny
         parts = [slice(*pair) for pair in itertools.pairwise(edges)]
         if len(parts) == 1:
@@ -257,15 +278,17 @@ class Trainer:
 
     def _watch(self, log: MetricsLog | None) -> Watch:
         watch = Watch(
-            batch_size=self.config.chunk or self.config.batch_size // self.plan.world_size,
+            batch_size=self.chunk,
             warmup_steps=self.plan.warmup_steps,
             learning_rate=self.plan.peak_lr,
             temperature=self.config.temperature,
             projection_dim=self.config.projection_dim,
             workers=choose_workers(self.config, len(self.images.train), self.plan.preprocess),
         )
-        for line in log.past if log else []:
-            watch.look(int(line["step"]), line)
+        if log:
+            for line in log.past:
+                watch.look(int(line["step"]), line)
+            log.past.clear()
         return watch
 
     def _facts(self) -> dict[str, Any]:
@@ -283,13 +306,12 @@ class Trainer:
         different = [name for name, value in facts.items() if name not in MAY_DIFFER and recorded.get(name) != value]
         if different:
             was = ", ".join(f"{name} {recorded.get(name)!r} -> {facts[name]!r}" for name in different[:3])
-            raise TrainingError(
-                f"{self.config.run}: the run was started differently ({was}); resume with its own settings, in {CONFIG}"
-            )
+            hints = [HINTS[name] for name in different if name in HINTS] or [f"resume with its own settings, in {CONFIG}"]
+            raise TrainingError(f"{self.config.run}: the run was started differently ({was}); {'; '.join(hints)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.probe:
+        if self.probe and state["probe"] and len(state["probe"]["bias"]) == len(self.probe.classes):  # else labels have changed
             self.probe.load_state_dict(state["probe"])
         self.step = state["step"]
 
@@ -304,26 +326,31 @@ class Trainer:
     def _announce(self) -> None:
         """Before the first step: what was chosen, what it takes, what is wrong with the pictures."""
         seconds = self.seconds_per_picture() * self.config.batch_size * (self.plan.total_steps - self.step)
-        if distributed.rank() != 0:
-            return
-        print(describe(self.plan, self.config, self.device, self.pictures), file=sys.stderr)
-        print(f"memory    {self.memory}\ntime      about {duration(seconds)}", file=sys.stderr)
+        if distributed.rank() == 0:
+            print(describe(self.plan, self.config, self.device, self.pictures), file=sys.stderr)
+            print(f"memory    {self.memory}\ntime      about {duration(seconds)}", file=sys.stderr)
         self._tell_of_pictures()
-        if isinstance(self.feed, Pixels):
-            print(report_duplicates(self.feed.images, self.feed.samples).sentence(), file=sys.stderr)
+        if distributed.rank() == 0 and isinstance(self.feed, Pixels):
+            duplicates = report_duplicates(self.feed.images, self.feed.samples)
+            print(f"{duplicates.sentence()}{self._of_this_process()}", file=sys.stderr)
 
     def _tell_of_pictures(self) -> None:
-        """What stood out among them: at the start, or, streamed, at the end."""
+        """What stood out among them, on all processes together: at the start, or, streamed, at the end."""
+        faults = self.feed.unreadable
+        count = distributed.total(len(faults))
+        if distributed.rank() != 0:
+            return
         if traits := describe_traits(self.feed.traits):
-            print(f"of the pictures: {traits}", file=sys.stderr)
-        faults, self._told = self.feed.unreadable[self._told :], len(self.feed.unreadable)
-        if faults:
-            print(f"{len(faults)} unreadable pictures left out, such as {faults[0].reason}", file=sys.stderr)
+            print(f"of the pictures{self._of_this_process()}: {traits}", file=sys.stderr)
+        if count:
+            print(f"{count} unreadable pictures left out{f', such as {faults[0].reason}' if faults else ''}", file=sys.stderr)
+
+    def _of_this_process(self) -> str:
+        return " of the first process" if self.plan.world_size > 1 else ""
 
     def seconds_per_picture(self) -> float:
         """Time of a forward and backward pass on made-up pictures; nothing of the run changes."""
-        chunk = self.config.chunk or self.config.batch_size // self.plan.world_size
-        count = chunk if self.device.type == "cuda" else min(chunk, REHEARSAL_PICTURES)
+        count = self.chunk if self.device.type == "cuda" else min(self.chunk, REHEARSAL_PICTURES)
         frame = self.plan.preprocess.height_px, self.plan.preprocess.width_px
         batch = Batch(torch.zeros((2, count, 3, *frame), dtype=torch.uint8), torch.arange(count))
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -335,7 +362,8 @@ class Trainer:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(before[name])
         self.optimizer.zero_grad(set_to_none=True)
-        return seconds / count / self.plan.world_size
+        passes = 4 / 3 if self.chunk < self.share else 1  # chunks go forward twice, which is about a third of a step
+        return passes * seconds / count / self.plan.world_size
 
 
 def ready_trainer(config: PretrainConfig, images: ImageSet, feed: Pixels | Streamed | None = None) -> Trainer:
@@ -367,5 +395,5 @@ def samples_per_second_of(trainer: Trainer, *, seconds: float) -> float:
 
 
 def _check_run(config: PretrainConfig) -> None:
-    if not config.resume and ((config.run / CHECKPOINT).exists() or (config.run / CONFIG).exists()):
+    if not config.resume and any((config.run / name).exists() for name in (CHECKPOINT, CARD)):
         raise TrainingError(f"{config.run}: already holds a run; add --resume to go on with it, or choose another --run")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from serve.bulk import embed_samples
 from serve.classify import Head
-from serve.contract import Preprocess
 from serve.encoder import Encoder as ServedEncoder
 from serve.errors import TrainingError
 from serve.sources import ImageSet, Sample, open_source
@@ -27,7 +26,6 @@ from train.data import load_pixels, step_generator, training_frame
 from train.encoder import Encoder, UnitEncoder
 
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 200, 0.1
-ONLINE_BANK, ONLINE_QUERIES = 5000, 1000
 WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3)
 HOW_TO_LABEL = "put each class in a sub-folder, or name it in a CSV's label column"
 HELD_BACK = 5
@@ -183,39 +181,6 @@ def _held_back(place: int) -> bool:
     return place % HELD_BACK == HELD_BACK - 1
 
 
-@dataclass(frozen=True)
-class OnlineKnn:
-    """kNN accuracy during training, on a sample of the labelled pictures prepared as serving prepares them."""
-
-    bank: Tensor
-    bank_groups: tuple[str, ...]
-    queries: Tensor
-    query_groups: tuple[str, ...]
-
-    @classmethod
-    def from_samples(cls, images: ImageSet, preprocess: Preprocess) -> OnlineKnn:
-        """Decode up to 5,000 + 1,000 labelled pictures; none where there are no labels."""
-        parts = [
-            _spread(part, most) for part, most in zip(split_for_scoring(images), (ONLINE_BANK, ONLINE_QUERIES), strict=True)
-        ]
-        if not all(parts):
-            empty = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-            return cls(empty, (), empty, ())
-        bank, queries = (load_pixels(part, preprocess) for part in parts)
-        return cls(bank.images, groups_of(bank.samples), queries.images, groups_of(queries.samples))
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether there is anything to measure."""
-        return bool(self.bank_groups and self.query_groups)
-
-    def measure(self, encoder: Encoder, device: torch.device) -> dict[str, float]:
-        """{'knn_accuracy': share in [0, 1]}; the encoder is left in training mode."""
-        bank, queries = (embed_pixels(encoder, pixels, device) for pixels in (self.bank, self.queries))
-        encoder.train()
-        return {"knn_accuracy": knn_accuracy(bank, self.bank_groups, queries, self.query_groups)}
-
-
 @torch.inference_mode()
 def embed_pixels(encoder: Encoder, images_NCHW: Tensor, device: torch.device) -> NDArray[np.float32]:
     """Unit vectors (N, D) of prepared uint8 pictures, in float32, batch norm in evaluation mode."""
@@ -227,7 +192,7 @@ def embed_pixels(encoder: Encoder, images_NCHW: Tensor, device: torch.device) ->
 def view_retrieval(encoder: ServedEncoder, samples: Sequence[Sample], *, most: int = 1000, seed: int = 0) -> float:
     """Share of pictures that one random view of them finds first among all: what can be scored without any label."""
     preprocess = encoder.manifest.preprocess
-    pixels = load_pixels(_spread(list(samples), most), training_frame(preprocess))
+    pixels = load_pixels(spread(samples, most), training_frame(preprocess))
     augment = SimCLRAugment((preprocess.height_px, preprocess.width_px), strength=0.5, blur=False)
     views = augment(pixels.images, step_generator(seed, 0)).mul(255).round().byte().permute(0, 2, 3, 1)
     vectors, kept, _ = embed_samples(encoder, pixels.samples, "views")
@@ -236,5 +201,6 @@ def view_retrieval(encoder: ServedEncoder, samples: Sequence[Sample], *, most: i
     return float((nearest == np.arange(len(nearest))).mean())
 
 
-def _spread(samples: list[Sample], most: int) -> list[Sample]:
-    return samples[:: -(-len(samples) // most)] if samples else []
+def spread(samples: Sequence[Sample], most: int) -> Sequence[Sample]:
+    """Every n-th sample, `most` of them: they are sorted, often by class."""
+    return samples[:: -(-len(samples) // most)] if samples else ()

@@ -65,12 +65,13 @@ class MetricsLog:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one kills as usual."""
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second Ctrl-C kills as usual."""
     received: list[int] = []
 
     def note(number: int, _frame: object) -> None:
         received.append(number)
-        signal.signal(number, signal.default_int_handler)
+        if number == signal.SIGINT:  # SIGTERM may come twice: from a cluster, and from torchrun
+            signal.signal(number, signal.default_int_handler)
 
     former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -6,9 +6,10 @@ a run.
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,8 +24,8 @@ from serve.sources import Sample, Unreadable, read_picture
 from train.augment import crop_views
 from train.data import Batch, step_generator
 
-PIECE = 32
-"""Pictures that a worker hands over at once: small enough for containers with 64 MB of shared memory."""
+PIECE, PREFETCHED = 32, 2
+"""Pictures that a worker hands over at once, and how often ahead of time. At 224 px a piece is 9 MiB of /dev/shm."""
 
 Order: TypeAlias = tuple[int, Tensor]
 """An epoch and rows of it."""
@@ -55,8 +56,11 @@ class Streamed:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batches(self, steps: Iterator[Order]) -> Iterator[Batch]:
-        """A crop for each view of the pictures of each (epoch, rows). Raises: TrainingError if a worker dies."""
+    def batches(self, steps: Iterator[Order]) -> Generator[Batch]:
+        """A crop for each view of the pictures of each (epoch, rows); to be closed, which ends the workers.
+
+        Raises: SourceError if nothing can be read, RuntimeError if a worker dies (see `worker_died`).
+        """
         pieces_per_step: list[int] = []
 
         def pieces() -> Iterator[Order]:
@@ -70,24 +74,19 @@ class Streamed:
             batch_size=None,
             sampler=pieces(),
             num_workers=self._workers,
-            pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
-            prefetch_factor=4,
+            prefetch_factor=PREFETCHED,
         )
-        arriving = iter(loader)
-        while True:
-            try:
-                done = [next(arriving)]
-                done += [next(arriving) for _ in range(pieces_per_step.pop(0) - 1)]
-            except StopIteration:
-                return
-            except RuntimeError as error:  # killed for memory, or no room in /dev/shm
-                reason = str(error).splitlines()[0]
-                raise TrainingError(f"a worker process died ({reason}); use fewer --workers, then --resume") from error
-            for piece in done:
-                self.traits.update(piece.traits)
-            self._note([fault for piece in done for fault in piece.faults])
-            yield Batch(torch.cat([piece.crops for piece in done], dim=1), torch.cat([piece.rows for piece in done]))
+        arriving: Any = iter(loader)
+        try:
+            for first in arriving:
+                done = [first, *itertools.islice(arriving, pieces_per_step.pop(0) - 1)]
+                for piece in done:
+                    self.traits.update(piece.traits)
+                self._note([fault for piece in done for fault in piece.faults])
+                yield Batch(_joined([piece.crops for piece in done]), torch.cat([piece.rows for piece in done]))
+        finally:
+            arriving._shutdown_workers()  # they ignore the SIGTERM by which multiprocessing would end them
 
     def _note(self, faults: list[Unreadable]) -> None:
         known = {fault.source for fault in self.unreadable}
@@ -139,7 +138,22 @@ class _Crops(Dataset[Any]):
         return self._names[start : self._ends[row]].tobytes().decode("utf-8", "surrogateescape")
 
 
+def worker_died(error: RuntimeError) -> TrainingError | None:
+    """What to tell if this is the death of a worker, which torch raises wherever the trainer is at that moment."""
+    reason = str(error).splitlines()[0]
+    if not reason.startswith("DataLoader worker (pid"):
+        return None
+    remedy = "use fewer --workers or a larger /dev/shm (docker --shm-size), then --resume"
+    return TrainingError(f"a worker process died ({reason.rstrip('. ')}); {remedy}")
+
+
+def _joined(crops: list[Tensor]) -> Tensor:
+    size = (2, sum(part.shape[1] for part in crops), *crops[0].shape[2:])
+    joined = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return torch.cat(crops, dim=1, out=joined)
+
+
 def _start_worker(_worker: int) -> None:
-    """Ctrl-C reaches the workers too: they go on, so that the step can be finished and saved. SIGTERM ends them."""
+    """Signals to a whole group reach the workers too: they go on, so that the step can be finished and saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -137,9 +137,9 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(pictures: Path, tmp_pa
     assert_same_weights(killed, tmp_path / "whole")
 
 
-def test_two_processes_train_stop_and_go_on(pictures: Path, tmp_path: Path) -> None:
-    """SIGTERM to all, as a cluster sends it: saved after the same step everywhere, and gone on with to the same weights."""
-    done = finish(torchrun(2, *options(pictures, tmp_path / "whole")))
+def test_two_processes_with_workers_train_stop_and_go_on(pictures: Path, tmp_path: Path) -> None:
+    """SIGTERM to all, as torchrun passes it on: saved after the same step everywhere, and gone on with to the same weights."""
+    done = finish(torchrun(2, *options(pictures, tmp_path / "whole", "--workers", "1")))
     assert done.stdout.split() == [str(tmp_path / "whole")], "one process speaks for both"
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert (config["world_size"], config["pictures"], config["total_steps"]) == (2, COUNT, STEPS)
@@ -147,7 +147,7 @@ def test_two_processes_train_stop_and_go_on(pictures: Path, tmp_path: Path) -> N
     stopped = tmp_path / "stopped"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "--"]
     process = subprocess.Popen(
-        [*command, sys.executable, "-c", PAUSED, *options(pictures, stopped)],
+        [*command, sys.executable, "-c", PAUSED, *options(pictures, stopped, "--workers", "1")],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -164,8 +164,8 @@ def test_two_processes_train_stop_and_go_on(pictures: Path, tmp_path: Path) -> N
     assert f"of {STEPS}, saved; repeat the command to go on" in errors
     assert steps_of(stopped) < STEPS
 
-    refused = simclr(*options(pictures, stopped, "--resume"))
+    refused = simclr(*options(pictures, stopped, "--workers", "1", "--resume"))
     assert refused.returncode == 1
     assert "world_size 2 -> 1" in refused.stderr
-    finish(torchrun(2, *options(pictures, stopped, "--resume")))
+    finish(torchrun(2, *options(pictures, stopped, "--workers", "1", "--resume")))
     assert_same_weights(stopped, tmp_path / "whole")

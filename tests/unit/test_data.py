@@ -176,6 +176,14 @@ def test_the_order_does_not_depend_on_what_was_drawn_before() -> None:
     assert torch.equal(order, epoch_order(50, epoch=0, seed=0))
 
 
+def test_processes_do_not_take_neighbours_at_the_same_time() -> None:
+    """Rank r holds every W-th picture: with one order for all, neighbours in the list would always meet in one batch."""
+    orders = [epoch_order(100, epoch=0, seed=0, rank=rank) for rank in (0, 1, 2)]
+    assert all(sorted(order.tolist()) == list(range(100)) for order in orders)
+    assert sum((orders[0] == orders[1]).tolist()) < 10
+    assert sum((orders[1] == orders[2]).tolist()) < 10
+
+
 def test_seed_number_and_stream_each_give_other_random_numbers() -> None:
     def draws(*args: int, **more: int) -> tuple[float, ...]:
         return tuple(torch.rand(3, generator=step_generator(*args, **more)).tolist())

@@ -279,21 +279,15 @@ def test_a_loader_that_starves_the_model_is_named_with_both_rates() -> None:
     assert "more --workers" in trouble
 
 
-def test_without_workers_it_is_the_views_that_take_the_time() -> None:
-    (trouble,) = troubles(curve(60, data_share=1.0, samples_per_s=lambda step, _: 90.0))
-    assert "views are drawn of 90 pictures/s, the model could take 9000/s" in trouble
-    assert "worker" not in trouble
-
-
 def test_waiting_while_caches_are_cold_is_no_trouble() -> None:
-    assert troubles(curve(300, data_share=lambda step, _: 0.95 if step < 20 or step % 10 == 0 else 0.2)) == []
+    assert troubles(curve(300, data_share=lambda step, _: 0.95 if step < 20 or step % 10 == 0 else 0.2), watch(workers=4)) == []
 
 
 def test_a_watch_that_is_fed_the_past_again_goes_on_where_it_was() -> None:
     run = curve(400, loss=lambda step, loss: loss if step < 200 else 6.24, data_share=0.9)
-    whole = troubles(run)
+    whole = troubles(run, watch(workers=4))
     assert len(whole) == 2
-    resumed = watch()
+    resumed = watch(workers=4)
     earlier = [trouble for step, metrics in enumerate(run[:150], start=1) for trouble in resumed.look(step, metrics)]
     later = [trouble for step, metrics in enumerate(run[150:], start=151) for trouble in resumed.look(step, metrics)]
     assert earlier + later == whole

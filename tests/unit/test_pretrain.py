@@ -4,11 +4,13 @@ import errno
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import resource
 import shutil
 import signal
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from serve.contract import Manifest
 from serve.errors import ContractError, SourceError, TrainingError
 from serve.sources import open_source
+from train import distributed
 from train import pretrain as module
 from train.checkpoint import load_checkpoint, load_encoder, save_checkpoint
 from train.config import PretrainConfig
@@ -235,6 +238,14 @@ def test_chunks_see_few_pictures_at_a_time_and_all_negatives(pictures: Path, tmp
     assert metrics["chance_loss"] == math.log(2 * BATCH - 1)
 
 
+def test_chunks_larger_than_the_batch_are_no_chunks(pictures: Path, tmp_path: Path) -> None:
+    losses = [
+        [line["loss"] for line in lines(pretrain(settings(pictures, tmp_path / str(chunk), chunk=chunk, epochs=1)))]
+        for chunk in (None, 100)
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_a_chunk_draws_the_same_views_both_times(pictures: Path, tmp_path: Path) -> None:
     trainer = trainer_of(pictures, tmp_path / "run", chunk=4)
     seen: list[torch.Tensor] = []
@@ -259,7 +270,8 @@ def test_every_way_of_training_trains(pictures: Path, tmp_path: Path, changes: d
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"precision": "bf16", "compile": True}], ids=str)
 def test_training_on_a_gpu(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.start().type == "cuda"
     found = lines(pretrain(settings(pictures, tmp_path / "run", **changes)))
     assert len(found) == STEPS
     assert all(1 < line["loss"] < 4 for line in found)
@@ -339,7 +351,7 @@ def test_the_number_of_steps(pictures: Path, tmp_path: Path, epochs: float, step
         ({"learning_rate": -1}, "--learning-rate is -1, wanted 0 to 1000"),
         ({"learning_rate": math.nan}, "--learning-rate is nan"),
         ({"width": 0.1}, "--width is 0.1, wanted at least 0.125"),
-        ({"temperature": 0}, "--temperature is 0, wanted more than 0"),
+        ({"temperature": 0}, "--temperature is 0, wanted at least 0.002"),
         ({"temperature": math.nan}, "--temperature is nan"),
         ({"sk": True}, "--sk with --arch resnet18"),
         ({"chunk": 1}, "--chunk is 1, wanted at least 2"),
@@ -442,6 +454,49 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(
     assert_same_result(config.run, finished)
 
 
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(pictures: Path, finished: Path, tmp_path: Path) -> None:
+    config = settings(pictures, tmp_path / "run")
+    config.run.mkdir()
+    (config.run / "config.json").write_text("{}")
+    pretrain(config)
+    assert_same_result(config.run, finished)
+
+
+def test_labels_may_change_between_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They teach the online probe alone, which then starts anew."""
+    images = draw(tmp_path / "images")
+    sources = sorted(images.rglob("*.png"))
+    table = tmp_path / "pictures.csv"
+    table.write_text("path\n" + "".join(f"{path}\n" for path in sources))
+    config = settings(table, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config)
+    table.write_text("path,label\n" + "".join(f"{path},{path.parent.name}\n" for path in sources))
+    pretrain(replace(config, resume=True))
+    assert "probe_accuracy" not in lines(config.run)[2]
+    assert "probe_accuracy" in lines(config.run)[-1]
+
+
+@pytest.mark.parametrize("how", ["idle", "busy"])
+def test_a_worker_that_is_killed_is_told_in_one_line(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """torch raises wherever the trainer is then: waiting for a batch, or in the middle of a step."""
+
+    def kill() -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if how == "busy":
+            time.sleep(5)
+
+    before_step(monkeypatch, 2, kill)
+    with pytest.raises(TrainingError, match=r"a worker process died.*fewer --workers.*--resume") as refusal:
+        pretrain(settings(pictures, tmp_path / "run", workers=1))
+    one_line(refusal)
+
+
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(pictures: Path, finished: Path, run: Path) -> None:
     pretrain(settings(pictures, run, resume=True))
     assert_same_result(run, finished)
@@ -463,12 +518,14 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert lines(tmp_path) == [*map(json.loads, written[:5]), metrics | {"step": 6, "loss": 0.123457}]
 
 
-def test_a_second_signal_stops_at_once_and_the_handlers_come_back() -> None:
+def test_a_second_ctrl_c_stops_at_once_and_the_handlers_come_back() -> None:
+    """SIGTERM may come twice, from a cluster and from torchrun, and still lets the step end."""
     former = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with stop_signals() as received:
         assert not received
-        os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGINT]
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == former

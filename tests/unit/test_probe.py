@@ -19,7 +19,6 @@ from serve.preprocess import load_image
 from serve.sources import ImageSet, Sample, open_source
 from train.encoder import Encoder, UnitEncoder
 from train.probe import (
-    OnlineKnn,
     embed_pixels,
     evaluate,
     fit_head,
@@ -272,24 +271,6 @@ def test_every_fifth_is_held_back_where_there_is_no_test_split() -> None:
 def small_encoder(seed: int = 0) -> Encoder:
     torch.manual_seed(seed)
     return Encoder("resnet18", 0.125, "small")
-
-
-def test_online_knn_is_the_knn_of_serving(tmp_path: Path) -> None:
-    images = open_source(draw_classes(tmp_path / "images"))
-    encoder = small_encoder().train()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    online = OnlineKnn.from_samples(images, manifest(64).preprocess)
-    assert online.has_labels
-    measured = online.measure(encoder, torch.device("cpu"))
-    assert encoder.training, "training goes on"
-    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    served = evaluate(TorchEncoder(encoder, manifest(64)), str(tmp_path / "images"), None, "knn")
-    assert measured == {"knn_accuracy": pytest.approx(served["accuracy"])}
-
-
-def test_online_knn_without_labels_measures_nothing(tmp_path: Path) -> None:
-    images = open_source(draw_classes(tmp_path / "images") / "red")
-    assert not OnlineKnn.from_samples(images, manifest(64).preprocess).has_labels
 
 
 def test_embedded_pixels_are_unit_vectors_of_the_evaluated_network() -> None:
