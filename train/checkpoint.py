@@ -28,6 +28,12 @@ CHECKPOINT, WEIGHTS, CARD, CONFIG, METRICS, CONTACT_SHEET = (
     "metrics.jsonl",
     "contact_sheet.png",
 )
+MAY_DIFFER = frozenset({"images", "run", "preset"})
+"""Facts that say nothing that other facts do not say: the list of pictures has a digest of its own."""
+HINTS = {
+    "streamed": "give --workers 0 for pictures in memory, 1 or more for streamed ones",
+    "sources_sha256": "the list of pictures is another one: other files, or --images written in another way",
+}
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
@@ -52,6 +58,21 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"step", "model", "optimizer", "facts"} <= state.keys():
         raise TrainingError(f"{path}: not a checkpoint of simclr pretrain; start a new --run")
     return state
+
+
+def refuse_to_overwrite(run: Path, *, resume: bool) -> None:
+    """Raises: TrainingError if another run would be written over."""
+    if not resume and any((run / name).exists() for name in (CHECKPOINT, CARD)):
+        raise TrainingError(f"{run}: already holds a run; add --resume to go on with it, or choose another --run")
+
+
+def refuse_other_settings(run: Path, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises: TrainingError if the run to resume was started with other facts than these."""
+    different = [name for name, value in facts.items() if name not in MAY_DIFFER and recorded.get(name) != value]
+    if different:
+        was = ", ".join(f"{name} {recorded.get(name)!r} -> {facts[name]!r}" for name in different[:3])
+        hints = [HINTS[name] for name in different if name in HINTS] or [f"resume with its own settings, in {CONFIG}"]
+        raise TrainingError(f"{run}: the run was started differently ({was}); {'; '.join(hints)}")
 
 
 def write_config(run: Path, config: dict[str, JsonValue]) -> None:

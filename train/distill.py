@@ -19,9 +19,15 @@ from serve.bulk import embed_samples
 from serve.classify import Head
 from serve.contract import Manifest
 from serve.encoder import Encoder as ServedEncoder
-from serve.errors import TrainingError
 from serve.sources import ImageSet, open_source
-from train.checkpoint import CARD, CHECKPOINT, CONFIG, load_checkpoint, save_checkpoint, save_encoder, write_config
+from train.checkpoint import (
+    load_checkpoint,
+    refuse_other_settings,
+    refuse_to_overwrite,
+    save_checkpoint,
+    save_encoder,
+    write_config,
+)
 from train.config import Arch, Stem
 from train.data import sources_sha256
 from train.encoder import Encoder
@@ -90,8 +96,7 @@ def distill(
     Returns: the report that head.npz carries. Raises: EncoderMismatch, SourceError, TrainingError, OSError.
     """
     head.require(teacher.encoder_id)
-    if not resume and any((run / name).exists() for name in (CHECKPOINT, CARD)):
-        raise TrainingError(f"{run}: already holds a run; add --resume to go on with it, or choose another --run")
+    refuse_to_overwrite(run, resume=resume)
     images = open_source(source)
     preprocess = teacher.manifest.preprocess
     feed = open_feed(images.train, preprocess, seed=seed)
@@ -188,13 +193,7 @@ class _Training:
 
     def _restore(self) -> int:
         state = load_checkpoint(self.run)
-        recorded = state["facts"]
-        different = [name for name, value in self.facts.items() if recorded.get(name) != value]
-        if different:
-            was = ", ".join(f"{name} {recorded.get(name)!r} -> {self.facts[name]!r}" for name in different[:3])
-            raise TrainingError(
-                f"{self.run}: the run was started differently ({was}); resume with its own settings, in {CONFIG}"
-            )
+        refuse_other_settings(self.run, state["facts"], self.facts)
         self.student.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])

@@ -29,11 +29,10 @@ from serve.sources import ImageSet, describe_traits, open_source
 from train import distributed
 from train.augment import SimCLRAugment
 from train.checkpoint import (
-    CARD,
-    CHECKPOINT,
-    CONFIG,
     CONTACT_SHEET,
     load_checkpoint,
+    refuse_other_settings,
+    refuse_to_overwrite,
     save_checkpoint,
     save_encoder,
     write_config,
@@ -53,12 +52,6 @@ from train.plan import DTYPES, Plan, choose_workers, count_steps, describe, dura
 from train.record import MetricsLog, stop_signals
 from train.stream import Streamed, worker_died
 
-MAY_DIFFER = frozenset({"images", "run", "preset"})
-"""Facts that say nothing that other facts do not say: the list of pictures has a digest of its own."""
-HINTS = {
-    "streamed": "give --workers 0 for pictures in memory, 1 or more for streamed ones",
-    "sources_sha256": "the list of pictures is another one: other files, or --images written in another way",
-}
 REHEARSAL_PICTURES = 32
 LOOKS_PER_RUN, SIGNS_EVERY = 8, 10
 """How often pictures are embedded to score and show them, and in which steps the projections' spread is measured."""
@@ -74,7 +67,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     device = distributed.start()
     try:
-        _check_run(config)
+        refuse_to_overwrite(config.run, resume=config.resume)
         images = open_source(config.images)
         plan = make_plan(config, images, device)
         feed = open_feed(config, plan, images)
@@ -302,12 +295,7 @@ class Trainer:
 
     def _restore(self, facts: dict[str, Any]) -> None:
         state = load_checkpoint(self.config.run)
-        recorded = state["facts"]
-        different = [name for name, value in facts.items() if name not in MAY_DIFFER and recorded.get(name) != value]
-        if different:
-            was = ", ".join(f"{name} {recorded.get(name)!r} -> {facts[name]!r}" for name in different[:3])
-            hints = [HINTS[name] for name in different if name in HINTS] or [f"resume with its own settings, in {CONFIG}"]
-            raise TrainingError(f"{self.config.run}: the run was started differently ({was}); {'; '.join(hints)}")
+        refuse_other_settings(self.config.run, state["facts"], facts)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -392,8 +380,3 @@ def samples_per_second_of(trainer: Trainer, *, seconds: float) -> float:
         trainer.step = 0
         rates.append(trainer._one_step(batches)["samples_per_s"])
     return statistics.median(rates[len(rates) // 2 :])
-
-
-def _check_run(config: PretrainConfig) -> None:
-    if not config.resume and any((config.run / name).exists() for name in (CHECKPOINT, CARD)):
-        raise TrainingError(f"{config.run}: already holds a run; add --resume to go on with it, or choose another --run")
