@@ -30,8 +30,8 @@ check: $(INSTALLED) ## lint, format, types, import rules, unit and contract test
 	$(BIN)/lint-imports > .lint-imports.log || { cat .lint-imports.log; exit 1; }
 	$(BIN)/python -m pytest -q tests/unit tests/contract
 
-bench: $(INSTALLED) .venv-peers/.installed ## loss, augmentation and pretraining beside lightly (about 30 minutes)
-	$(BIN)/python benchmarks/loss.py --peer-python .venv-peers/bin/python
+bench: $(INSTALLED) .venv-peers/.installed ## loss, augmentation and pretraining beside lightly (about an hour)
+	$(BIN)/python benchmarks/loss.py --peer-python .venv-peers/bin/python --repeats 3 --timeout-s 150
 	$(BIN)/python benchmarks/augment.py --peer-python .venv-peers/bin/python
 	$(BIN)/python benchmarks/throughput.py --peer-python .venv-peers/bin/python
 	$(BIN)/python benchmarks/pretrain.py --peer-python .venv-peers/bin/python

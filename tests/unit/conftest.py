@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +67,24 @@ def pictures(tmp_path: Path) -> Callable[[int], list[Sample]]:
         return samples
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Such small tensors are quickest on one thread, and the same in every run."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_cpu(one_thread: None) -> Iterator[None]:
+    """Bit for bit is promised on one kind of machine: no GPU, even where there is one."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield

@@ -3,7 +3,7 @@
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,7 @@ SIZE = 16
 COLOURS = {"blue": (20, 30, 220), "green": (30, 210, 40), "red": (220, 20, 30)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cpu() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 class MeanColour:

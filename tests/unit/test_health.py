@@ -1,7 +1,6 @@
 """Signs of life against slow twins, and the watch against curves that are healthy or made ill."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,13 +15,7 @@ from train.health import Watch, alignment, chance_loss, dimension_std, effective
 from train.loss import nt_xent_with_top1
 from train.optim import LARS, lr_at, parameter_groups
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gaussian(rows: int, dims: int, seed: int = 0) -> Tensor:

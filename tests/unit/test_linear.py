@@ -44,12 +44,7 @@ COLOURS = {"blue": (20, 30, 220), "green": (30, 210, 40), "red": (220, 20, 30)}
 NUMBERS = {name: number for number, name in enumerate(COLOURS)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(folder: Path, count: int = 6) -> Path:

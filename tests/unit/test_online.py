@@ -1,7 +1,7 @@
 """The online kNN and linear probe: what they measure, that they learn, and that training does not feel them."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,7 @@ CPU = torch.device("cpu")
 PREPROCESS = Preprocess(height_px=8, width_px=8, resize="center_crop", crop=1.0, resample="bicubic")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def labelled(count: int, classes: int = 3, name: str = "train") -> tuple[Sample, ...]:

@@ -43,15 +43,7 @@ NOW_AND_THEN = {"knn_accuracy", "probe_accuracy"}
 NOW_AND_THEN |= {"effective_rank", "dimension_std", "alignment", "uniformity", "feature_std"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cpu() -> Iterator[None]:
-    """Bit for bit is promised on one kind of machine; such small tensors are quickest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 def draw(folder: Path, count: int = COUNT, seed: int = 0) -> Path:

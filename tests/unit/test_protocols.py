@@ -1,7 +1,6 @@
 """`simclr evaluate` by name: what each protocol does, says and refuses, on pictures of a few pixels."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,7 @@ SIZE = 16
 COLOURS = [(20, 30, 220), (30, 210, 40), (220, 20, 30), (200, 200, 20), (20, 200, 200), (200, 20, 200)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cpu() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 def draw(folder: Path, classes: int, count: int) -> Path:
