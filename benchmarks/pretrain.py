@@ -67,7 +67,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from train.data import load_pixels
     from train.probe import groups_of
 
-    frame = Preprocess(height_px=32, width_px=32, resize="center_crop", crop=1.0, resample="bicubic")
+    frame = Preprocess(height_px=32, width_px=32, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
     images = open_source(arguments.images)
     pixels = load_pixels(images.train, frame, progress="reading images")
     test = load_pixels(images.test[:: max(1, len(images.test) // QUERIES)], frame)

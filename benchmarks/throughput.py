@@ -60,7 +60,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from serve.sources import open_source
     from train.data import load_pixels
 
-    frame = Preprocess(height_px=32, width_px=32, resize="center_crop", crop=1.0, resample="bicubic")
+    frame = Preprocess(height_px=32, width_px=32, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
     samples = open_source(arguments.images).train[::5][:10_000]
     report = {}
     with tempfile.TemporaryDirectory() as folder:

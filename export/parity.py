@@ -16,7 +16,9 @@ from serve.preprocess import load_image
 from train.encoder import Encoder, UnitEncoder
 
 BATCH_SIZES = (1, 2, 7, 32)
-MAX_ABS_ERROR, MIN_COSINE = 1e-5, 0.99999
+TOLERANCES = {"fp32": (1e-5, 0.99999), "fp16": (0.02, 0.999), "int8": (0.2, 0.98)}
+"""Precision -> largest difference of a unit vector's entry, smallest cosine. fp16 and int8 have floors of recall as well
+(export/precision.py); these catch a conversion that went wrong."""
 
 
 def golden_images(manifest: Manifest) -> NDArray[np.uint8]:
@@ -30,9 +32,19 @@ def golden_images(manifest: Manifest) -> NDArray[np.uint8]:
     return np.concatenate([noise, ramps, flat, np.zeros((1, height, width, 3), np.uint8)])
 
 
-def measure_parity(encoder: Encoder, graph: Path, manifest: Manifest, pictures: Sequence[bytes] = ()) -> Parity:
-    """Compare at every batch size, on golden images and the user's own. Raises: ExportError beyond tolerance."""
-    images = golden_images(manifest)
+def measure_parity(
+    encoder: Encoder,
+    graph: Path,
+    manifest: Manifest,
+    pictures: Sequence[bytes] = (),
+    *,
+    images: NDArray[np.uint8] | None = None,
+) -> Parity:
+    """Compare at every batch size, on golden images and the user's own. Raises: ExportError beyond tolerance.
+
+    Args: images, prepared ones in place of the golden images: int8 knows only the range that it was calibrated on.
+    """
+    images = golden_images(manifest) if images is None else images
     if pictures:
         images = np.concatenate([images, np.stack([load_image(picture, manifest.preprocess) for picture in pictures])])
     with torch.inference_mode():
@@ -44,9 +56,10 @@ def measure_parity(encoder: Encoder, graph: Path, manifest: Manifest, pictures: 
         got = np.concatenate(parts)
         worst = float(np.maximum(worst, np.abs(got - wanted).max()))  # numpy's keep a NaN, Python's max and min drop it
         cosine = float(np.minimum(cosine, (got * wanted).sum(1).min()))
-    if not (worst <= MAX_ABS_ERROR and cosine >= MIN_COSINE):
+    most, least = TOLERANCES[manifest.precision]
+    if not (worst <= most and cosine >= least):
         raise ExportError(
-            f"the graph differs from the network by {worst:.2g} (at most {MAX_ABS_ERROR:g}), cosine {cosine:.6f} "
-            f"(at least {MIN_COSINE}); nothing was published"
+            f"the {manifest.precision} graph differs from the network by {worst:.2g} (at most {most:g}), cosine {cosine:.6f} "
+            f"(at least {least}); nothing was published"
         )
     return Parity(images=len(images), batch_sizes=BATCH_SIZES, max_abs_error=worst, min_cosine=min(cosine, 1.0))

@@ -60,6 +60,7 @@ def prepare(
     resize: str,
     crop: float,
     resample: str,
+    jpeg: str,
     traits: list[str] | None = None,
 ) -> NDArray[np.uint8]:
     """`load_image` with the contract as plain values, for the copy that runs inside Triton."""

@@ -19,11 +19,12 @@ def write_toy_encoder(folder: Path, name: str = "toy", seed: int = 0) -> tuple[P
         embedding_dim=DIM,
         input=TensorSpec(name="image", shape=(HEIGHT, WIDTH, 3), dtype="uint8"),
         output=TensorSpec(name="embedding", shape=(DIM,), dtype="float32"),
-        preprocess=Preprocess(height_px=HEIGHT, width_px=WIDTH, resize="stretch", crop=1.0, resample="bicubic"),
+        preprocess=Preprocess(height_px=HEIGHT, width_px=WIDTH, resize="stretch", crop=1.0, resample="bicubic", jpeg="full"),
         metric="cosine",
         precision="fp32",
         weights_sha256=f"{seed:064d}",
         parity=None,
+        retrieval=None,
         training={"what": 'a "toy" with quotes, \\ and é'},
     )
     weight = np.random.default_rng(seed).normal(size=(DIM, HEIGHT * WIDTH * 3 // POOL**2)).astype(np.float32)

@@ -99,6 +99,7 @@ def save_encoder(run: Path, encoder: Encoder, preprocess: Preprocess, training: 
         precision="fp32",
         weights_sha256=file_sha256(run / WEIGHTS),
         parity=None,
+        retrieval=None,
         training=training | encoder.facts,
     )
     with atomic_path(run / CARD) as path:

@@ -101,6 +101,7 @@ def preprocess_for(samples: Sequence[Sample], image_size: str | None) -> Preproc
         resize="center_crop" if square else "stretch",
         crop=0.875 if square and height > 32 else 1.0,
         resample="bicubic",
+        jpeg="reduced",
     )
 
 

@@ -37,7 +37,7 @@ class Benchmark:
     """Who reached it."""
 
 
-FRAME = Preprocess(height_px=224, width_px=224, resize="center_crop", crop=0.875, resample="bicubic")
+FRAME = Preprocess(height_px=224, width_px=224, resize="center_crop", crop=0.875, resample="bicubic", jpeg="full")
 
 SIMCLR_V1 = {1: 69.3, 2: 74.2, 4: 76.5}
 """Width -> linear evaluation of ResNet-50 after 1000 epochs (arXiv:2002.05709)."""

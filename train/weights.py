@@ -248,4 +248,4 @@ def _head(tensors: dict[str, Tensor], feature_dim: int) -> dict[str, str]:
 def _frame(size_px: int) -> Preprocess:
     """The projects' evaluation: 256 -> 224 or 0.875 of the side; pictures as small as CIFAR's and STL-10's whole."""
     crop = 0.875 if size_px > 96 else 1.0
-    return Preprocess(height_px=size_px, width_px=size_px, resize="center_crop", crop=crop, resample="bicubic")
+    return Preprocess(height_px=size_px, width_px=size_px, resize="center_crop", crop=crop, resample="bicubic", jpeg="full")

@@ -36,11 +36,12 @@ class GridEncoder:
             embedding_dim=DIM,
             input=TensorSpec(name="image", shape=(32, 16, 3), dtype="uint8"),
             output=TensorSpec(name="embedding", shape=(DIM,), dtype="float32"),
-            preprocess=Preprocess(height_px=32, width_px=16, resize="stretch", crop=1.0, resample="bicubic"),
+            preprocess=Preprocess(height_px=32, width_px=16, resize="stretch", crop=1.0, resample="bicubic", jpeg="full"),
             metric="cosine",
             precision="fp32",
             weights_sha256="0" * 64,
             parity=None,
+            retrieval=None,
             training={},
         )
         self._projection = np.random.default_rng(0).standard_normal(((GRID_H - 1) * 2 * 3, DIM)).astype(np.float32)

@@ -22,11 +22,12 @@ class ToyEncoder:
             embedding_dim=TOY_DIM,
             input=TensorSpec(name="image", shape=(8, 8, 3), dtype="uint8"),
             output=TensorSpec(name="embedding", shape=(TOY_DIM,), dtype="float32"),
-            preprocess=Preprocess(height_px=8, width_px=8, resize="stretch", crop=1.0, resample="bicubic"),
+            preprocess=Preprocess(height_px=8, width_px=8, resize="stretch", crop=1.0, resample="bicubic", jpeg="full"),
             metric="cosine",
             precision="fp32",
             weights_sha256=f"{seed:064x}",
             parity=None,
+            retrieval=None,
             training={},
         )
         self._projection = np.random.default_rng(seed).standard_normal((48, TOY_DIM)).astype(np.float32)

@@ -13,7 +13,7 @@ from serve.errors import SourceError
 from serve.sources import open_source, read_batches, read_bytes
 
 CLASSES = ["airplane", "automobile", "bird"]
-FRAME = Preprocess(height_px=32, width_px=32, resize="stretch", crop=1.0, resample="bicubic")
+FRAME = Preprocess(height_px=32, width_px=32, resize="stretch", crop=1.0, resample="bicubic", jpeg="full")
 
 
 def rows(seed, count, label_bytes):

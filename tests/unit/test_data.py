@@ -29,7 +29,7 @@ def draw(folder: Path, sizes: Sequence[tuple[int, int]], identity: str | None = 
 
 def frame(height: int, width: int, resize: str = "stretch", crop: float = 1.0) -> Preprocess:
     return Preprocess.model_validate(
-        {"height_px": height, "width_px": width, "resize": resize, "crop": crop, "resample": "bicubic"}
+        {"height_px": height, "width_px": width, "resize": resize, "crop": crop, "resample": "bicubic", "jpeg": "reduced"}
     )
 
 

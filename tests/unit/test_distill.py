@@ -42,11 +42,12 @@ class MeanColour:
         embedding_dim=3,
         input=TensorSpec(name="image", shape=(SIZE, SIZE, 3), dtype="uint8"),
         output=TensorSpec(name="embedding", shape=(3,), dtype="float32"),
-        preprocess=Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic"),
+        preprocess=Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full"),
         metric="cosine",
         precision="fp32",
         weights_sha256="0" * 64,
         parity=None,
+        retrieval=None,
         training={},
     )
     encoder_id = manifest.encoder_id

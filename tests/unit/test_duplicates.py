@@ -251,7 +251,7 @@ def test_cifar_10_holds_known_doubles():
     """Looked at by eye: one press photograph of a car stands in the training set two dozen times."""
     from train.data import load_pixels
 
-    frame = Preprocess(height_px=32, width_px=32, resize="center_crop", crop=1.0, resample="bicubic")
+    frame = Preprocess(height_px=32, width_px=32, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
     cars = [sample for sample in open_source(CIFAR).train if sample.label == "automobile"][:1100]
     pixels = load_pixels(cars, frame)
     found = report_duplicates(pixels.images, pixels.samples)

@@ -39,7 +39,7 @@ from train.protocols import BENCHMARKS
 
 SIZE = 16
 CPU = torch.device("cpu")
-PREPROCESS = Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic")
+PREPROCESS = Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
 COLOURS = {"blue": (20, 30, 220), "green": (30, 210, 40), "red": (220, 20, 30)}
 NUMBERS = {name: number for number, name in enumerate(COLOURS)}
 

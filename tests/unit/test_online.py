@@ -19,7 +19,7 @@ from train.online import OnlineProbe, OnlineSet
 from train.probe import knn_accuracy
 
 CPU = torch.device("cpu")
-PREPROCESS = Preprocess(height_px=8, width_px=8, resize="center_crop", crop=1.0, resample="bicubic")
+PREPROCESS = Preprocess(height_px=8, width_px=8, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -26,7 +26,7 @@ RED, WHITE = (200, 30, 60), (255, 255, 255)
 
 
 def frame(height=8, width=8, resize="stretch", crop=1.0):
-    return Preprocess(height_px=height, width_px=width, resize=resize, crop=crop, resample="bicubic")
+    return Preprocess(height_px=height, width_px=width, resize=resize, crop=crop, resample="bicubic", jpeg="full")
 
 
 def encoded(image, kind="PNG", **options):
@@ -473,7 +473,7 @@ class Wall(importlib.machinery.PathFinder):
         return super().find_spec(name, path, target)
 sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not importlib.machinery.PathFinder] + [Wall]
 import simclr_preprocess as alone
-values = dict(height_px=4, width_px=6, resize="center_crop", crop=0.875, resample="bicubic")
+values = dict(height_px=4, width_px=6, resize="center_crop", crop=0.875, resample="bicubic", jpeg="full")
 print(alone.prepare(sys.argv[1], **values).tobytes().hex())
 assert not any(name.split(".")[0] in ("serve", "pydantic", "simclr") for name in sys.modules)
 """

@@ -51,11 +51,12 @@ def manifest(dim: int) -> Manifest:
         embedding_dim=dim,
         input=TensorSpec(name="image", shape=(SIZE, SIZE, 3), dtype="uint8"),
         output=TensorSpec(name="embedding", shape=(dim,), dtype="float32"),
-        preprocess=Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic"),
+        preprocess=Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full"),
         metric="cosine",
         precision="fp32",
         weights_sha256="0" * 64,
         parity=None,
+        retrieval=None,
         training={"arch": "resnet18", "width": 0.125, "stem": "small"},
     )
 

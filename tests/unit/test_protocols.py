@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = Encoder("resnet18", 0.125, "small-s2")
     model = SimCLR(encoder, ProjectionHead(encoder.feature_dim, 32))
     model.train()(torch.rand(16, 3, SIZE, SIZE))
-    preprocess = Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic")
+    preprocess = Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
     save_encoder(folder, encoder, preprocess, {"method": "SimCLR", "head_layers": 2})
     save_checkpoint(folder, {"step": 1, "model": model.state_dict(), "optimizer": {}, "facts": {}})
     return folder
@@ -163,7 +163,9 @@ def test_a_small_copy_of_a_benchmark_runs_and_says_that_it_is_none(
     original = module.open_feed
     monkeypatch.setattr(module, "open_feed", lambda bank, frame, seed: frames.append(frame) or original(bank, frame, seed=seed))
     report = scored(run, images, protocol, epochs=1, batch_size=12)
-    assert frames == [Preprocess(height_px=224, width_px=224, resize="center_crop", crop=0.875, resample="bicubic")]
+    assert frames == [
+        Preprocess(height_px=224, width_px=224, resize="center_crop", crop=0.875, resample="bicubic", jpeg="full")
+    ]
     assert report["differs"] == [
         f"3 classes, not {counts[0]}",
         f"24 training pictures, not {counts[1]}",

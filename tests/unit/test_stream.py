@@ -21,7 +21,7 @@ from train.augment import SimCLRAugment
 from train.data import Batch, step_generator, step_rows
 from train.stream import Streamed, worker_died
 
-FRAME = Preprocess(height_px=16, width_px=16, resize="center_crop", crop=1.0, resample="bicubic")
+FRAME = Preprocess(height_px=16, width_px=16, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
 COUNT, BATCH = 10, 4
 
 
