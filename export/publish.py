@@ -26,7 +26,7 @@ from serve.sources import open_source, read_batches
 from train.checkpoint import CONFIG, load_encoder
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
-CALIBRATE_MOST, MEASURE_MOST, PARITY_MOST = 512, 2000, 32
+CALIBRATE_MOST, MEASURE_MOST, PARITY_MOST = 256, 2000, 32
 
 
 def publish(

@@ -6,6 +6,7 @@ serve/preprocess.py travels beside it, so a picture is prepared by the same code
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +21,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Read the preparation from config.pbtxt."""
         self._preprocess = json.loads(json.loads(args["model_config"])["parameters"]["preprocess"]["string_value"])
-        self._pool = ThreadPoolExecutor()  # Pillow releases the interpreter lock while it decodes
+        # Pillow releases the interpreter lock while it decodes; each worker may hold one picture of MAX_PIXELS in memory.
+        self._pool = ThreadPoolExecutor(os.cpu_count())
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response per request: a picture that cannot be read fails its own request and no other."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -17,7 +20,7 @@ from PIL import Image
 
 from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest, Preprocess
 from serve.errors import ContractError
-from serve.preprocess import load_image
+from serve.preprocess import ImageError, load_image
 
 Picture: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -40,11 +43,33 @@ class Encoder(Protocol):
 def prepare_batch(images: Sequence[Picture], preprocess: Preprocess) -> NDArray[np.uint8]:
     """Pictures -> uint8 (N, H, W, 3). Raises: ImageError naming the first unreadable one."""
     shape = (preprocess.height_px, preprocess.width_px, 3)
-    pixels = [image if isinstance(image, np.ndarray) else load_image(image, preprocess) for image in images]
+    pixels = [image for image in images if isinstance(image, np.ndarray)]
+    if len(pixels) < len(images):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter lock while it decodes
+            pixels = list(pool.map(partial(_pixels, preprocess=preprocess), images))
     for array in pixels:
         if array.shape != shape or array.dtype != np.uint8:
             raise ValueError(f"a prepared image is {array.dtype}{array.shape}, wanted uint8{shape}; pass the picture itself")
     return np.stack(pixels) if pixels else np.empty((0, *shape), np.uint8)
+
+
+def embed_each(encoder: Encoder, images: Sequence[Picture]) -> list[NDArray[np.float32] | ImageError]:
+    """One answer per picture, in order: its unit vector (D,), or why it cannot be read. A bad one costs no other its answer."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        prepared = list(pool.map(partial(_pixels_or_error, preprocess=encoder.manifest.preprocess), images))
+    vectors = iter(encoder.embed([pixels for pixels in prepared if not isinstance(pixels, ImageError)]))
+    return [pixels if isinstance(pixels, ImageError) else next(vectors) for pixels in prepared]
+
+
+def _pixels_or_error(image: Picture, preprocess: Preprocess) -> NDArray[np.uint8] | ImageError:
+    try:
+        return _pixels(image, preprocess)
+    except ImageError as error:
+        return error
+
+
+def _pixels(image: Picture, preprocess: Preprocess) -> NDArray[np.uint8]:
+    return image if isinstance(image, np.ndarray) else load_image(image, preprocess)
 
 
 def open_encoder(spec: str | Path) -> Encoder:
@@ -78,7 +103,7 @@ class OnnxEncoder:
 
     def __init__(self, graph: Path, *, batch_size: int = 64) -> None:
         try:
-            self._session = ort.InferenceSession(graph, providers=loadable_providers())
+            self._session = ort.InferenceSession(graph, _options(), providers=loadable_providers())
         except Exception as error:  # onnxruntime raises a dozen unrelated types, none of them exported
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ContractError(f"{graph}: ONNX Runtime cannot load it ({reason}); export the run again") from error
@@ -105,6 +130,13 @@ class OnnxEncoder:
                 [self.manifest.output.name], {self.manifest.input.name: batch}
             )
         return vectors
+
+
+def _options() -> ort.SessionOptions:
+    """Threads that have nothing to do sleep, rather than spin on the cores that decode the next pictures."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def loadable_providers() -> list[str]:

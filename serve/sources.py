@@ -11,9 +11,9 @@ import logging
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -118,23 +118,38 @@ def read_bytes(source: str) -> bytes:
 def read_batches(
     samples: Sequence[Sample], preprocess: Preprocess, batch_size: int = 256, traits: Counter[str] | None = None
 ) -> Iterator[tuple[list[Sample], NDArray[np.uint8], list[Unreadable]]]:
-    """Decode pictures on all cores, in order. `traits` counts the pictures that are grey, 16-bit and so on (TRAITS).
+    """Decode pictures on all cores, in order; while one batch is used, the next is decoded.
 
+    `traits` counts the pictures that are grey, 16-bit and so on (TRAITS).
     Yields: the samples that could be read, their pixels uint8 (n, height_px, width_px, 3), and those left out.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter lock while it decodes
+    read = partial(_read_one, preprocess=preprocess)
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow releases the interpreter lock while it decodes
+    under_way: deque[list[tuple[Sample, list[str], Future[NDArray[np.uint8] | Unreadable]]]] = deque()
+    try:
         for start in range(0, len(samples), batch_size):
-            chunk = samples[start : start + batch_size]
-            noted: list[list[str]] = [[] for _ in chunk]
-            results = list(pool.map(partial(_read_one, preprocess=preprocess), chunk, noted))
-            if traits is not None:
-                traits.update(trait for traits_of_one in noted for trait in traits_of_one)
-            good = [
-                (sample, pixels) for sample, pixels in zip(chunk, results, strict=True) if not isinstance(pixels, Unreadable)
-            ]
-            shape = (0, preprocess.height_px, preprocess.width_px, 3)
-            stacked = np.stack([pixels for _, pixels in good]) if good else np.empty(shape, np.uint8)
-            yield [sample for sample, _ in good], stacked, [result for result in results if isinstance(result, Unreadable)]
+            chunk = [(sample, list[str]()) for sample in samples[start : start + batch_size]]
+            under_way.append([(sample, noted, pool.submit(read, sample, noted)) for sample, noted in chunk])
+            if len(under_way) > 1:
+                yield _decoded(under_way.popleft(), preprocess, traits)
+        if under_way:
+            yield _decoded(under_way.popleft(), preprocess, traits)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decoded(
+    batch: list[tuple[Sample, list[str], Future[NDArray[np.uint8] | Unreadable]]],
+    preprocess: Preprocess,
+    traits: Counter[str] | None,
+) -> tuple[list[Sample], NDArray[np.uint8], list[Unreadable]]:
+    results = [(sample, noted, future.result()) for sample, noted, future in batch]
+    if traits is not None:
+        traits.update(trait for _, noted, _ in results for trait in noted)
+    good = [(sample, pixels) for sample, _, pixels in results if not isinstance(pixels, Unreadable)]
+    shape = (0, preprocess.height_px, preprocess.width_px, 3)
+    stacked = np.stack([pixels for _, pixels in good]) if good else np.empty(shape, np.uint8)
+    return [sample for sample, _ in good], stacked, [pixels for *_, pixels in results if isinstance(pixels, Unreadable)]
 
 
 def read_picture(source: str, traits: list[str] | None = None) -> Image.Image | Unreadable:

@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serve import sources
 from serve.contract import Preprocess
 from serve.errors import SourceError
 from serve.preprocess import load_image
@@ -568,3 +570,31 @@ def test_a_name_that_is_not_utf8_is_listed_and_read(tmp_path):
     archive = tarred(tmp_path, tmp_path.with_suffix(".tar"))
     (sample,) = open_source(archive).train
     assert read_bytes(sample.source) == PNG
+
+
+def test_the_next_batch_is_decoded_while_one_is_used(tmp_path, monkeypatch):
+    """The encoder and the decoders are busy at the same time, with at most two batches in memory."""
+    begun = []
+    read = sources._read_one
+    monkeypatch.setattr(sources, "_read_one", lambda sample, *a, **k: (begun.append(sample.source), read(sample, *a, **k))[1])
+    samples = []
+    for number in range(9):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        samples.append(Sample(str(tmp_path / f"{number}.png")))
+    batches = read_batches(samples, FRAME, batch_size=3)
+    first = next(batches)
+    deadline = time.monotonic() + 5
+    while len(begun) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert begun[:6] == [sample.source for sample in samples[:6]]
+    assert len(begun) == 6
+    assert [first[1][0, 0, 0, 0], *(batch[1][0, 0, 0, 0] for batch in batches)] == [0, 3, 6]
+
+
+def test_who_stops_in_the_middle_leaves_no_thread_behind(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    before = threading.active_count()
+    batches = read_batches([Sample(str(tmp_path / "a.png"))] * 2000, FRAME, batch_size=500)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
