@@ -274,6 +274,8 @@ class Triton:
 
     repository: Path
     """A folder written by `simclr export`."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every network that this machine is in."""
     http_port: int = 8000
     """Port of the HTTP protocol."""
     grpc_port: int = 8001
@@ -287,7 +289,8 @@ class Triton:
     def __call__(self) -> None:
         from serve.triton_server import TritonServer, serve
 
-        serve(TritonServer(self.repository, http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port))
+        ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
+        serve(TritonServer(self.repository, host=self.host, **ports))
 
 
 @dataclass(frozen=True, kw_only=True)

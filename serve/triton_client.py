@@ -167,8 +167,8 @@ class _Grpc:
         self._timeout_s = timeout_s
 
     def models(self) -> list[str]:
-        index = self._client.get_model_repository_index(as_json=True, client_timeout=self._timeout_s)
-        return [model["name"] for model in index.get("models", [])]
+        answer = self._client.get_inference_statistics(as_json=True, client_timeout=self._timeout_s)
+        return [model["name"] for model in answer.get("model_stats", [])]  # the repository index wants a key
 
     def config(self, model: str) -> dict[str, Any]:
         answer = self._client.get_model_config(model, as_json=True, client_timeout=self._timeout_s)
@@ -189,7 +189,7 @@ class _Http:
         self._local = threading.local()
 
     def models(self) -> list[str]:
-        return [model["name"] for model in self._client().get_model_repository_index()]
+        return [model["name"] for model in self._client().get_inference_statistics()["model_stats"]]
 
     def config(self, model: str) -> dict[str, Any]:
         return dict(self._client().get_model_config(model))

@@ -1,10 +1,17 @@
-"""Starts a real tritonserver on this machine, on 127.0.0.1 only, and stops it again."""
+"""Starts a real tritonserver on this machine, on 127.0.0.1 unless told otherwise, and stops it again.
+
+Whoever reaches the ports may ask for vectors. What changes the server (loading models, shared memory, tracing, logging) needs
+the key in SIMCLR_TRITON_KEY; without that variable nobody has it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import http.client
+import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -16,7 +23,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from serve.errors import SimclrError, TritonStartError
 from serve.ports import HOST, busy_reason, free_port
@@ -25,7 +32,12 @@ from serve.triton_runtime import find_runtime, install_runtime, runtime_folder
 
 START_TIMEOUT_S = 300.0
 """Large graphs and TensorRT engines take their time."""
-STOP_TIMEOUT_S = 15.0
+DRAIN_S, STOP_TIMEOUT_S = 10, 15.0
+"""On SIGTERM Triton takes no more and finishes what it has, within the first; after the second it is killed."""
+KEY_VARIABLE = "SIMCLR_TRITON_KEY"
+KEY_NAME = "simclr-key"
+"""The HTTP header that carries the key; in gRPC's metadata it is called triton-grpc-protocol-simclr-key."""
+_RESTRICTED = "model-repository,shared-memory,trace,logging"
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 """prctl(PR_SET_PDEATHSIG, SIGTERM), then become tritonserver: the server does not outlive us, not even our kill -9.
 A launcher, because subprocess's preexec_fn is unsafe in a program with threads."""
@@ -37,33 +49,48 @@ class TritonServer:
     Linux ties the server to the thread that starts it: when that thread ends, so does the server.
     """
 
-    def __init__(self, repository: Path, *, http_port: int = 8000, grpc_port: int = 8001, metrics_port: int = 8002) -> None:
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        host: str = HOST,
+        http_port: int = 8000,
+        grpc_port: int = 8001,
+        metrics_port: int = 8002,
+    ) -> None:
         self.repository = repository
+        self.host = host
+        self.key = os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(24)
         self.ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
 
     @property
+    def reachable(self) -> str:
+        """The address at which this machine finds it."""
+        return HOST if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104  # compared, not bound
+
+    @property
     def url(self) -> str:
         """Its gRPC address; add /NAME for an encoder."""
-        return f"grpc://{HOST}:{self.ports['grpc']}"
+        return f"grpc://{self.reachable}:{self.ports['grpc']}"
 
     @property
     def http_url(self) -> str:
         """Its HTTP address."""
-        return f"http://{HOST}:{self.ports['http']}"
+        return f"http://{self.reachable}:{self.ports['http']}"
 
     @property
     def metrics_url(self) -> str:
         """Its Prometheus metrics."""
-        return f"http://{HOST}:{self.ports['metrics']}/metrics"
+        return f"http://{self.reachable}:{self.ports['metrics']}/metrics"
 
     def start(self) -> None:
         """Start, and return when every model is ready. Raises: TritonStartError."""
         _require_models(self.repository)
         self.ports = {kind: port or free_port() for kind, port in self.ports.items()}
         for kind, port in self.ports.items():
-            _require_free(kind, port)
+            _require_free(self.host, kind, port)
         self._folder = Path(tempfile.mkdtemp(prefix="simclr-triton-"))
         try:
             command, environment = self._plan(self._folder)
@@ -76,11 +103,12 @@ class TritonServer:
             self.stop()
             raise
 
-    def stop(self) -> None:
-        """Ask it to finish what it is doing and end; after 15 s end it. May be called twice."""
+    def stop(self, *, drain: bool = True) -> None:
+        """Ask it to finish what it is doing and end; after 15 s, or at once without `drain`, end it. May be called twice."""
         process, self._process = self._process, None
         try:
-            if process is not None:
+            if process is not None and drain:
+                self._drain(process)
                 process.terminate()
                 process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -93,11 +121,39 @@ class TritonServer:
             if self._folder is not None:
                 _clean_up(self._folder)
 
+    def _drain(self, process: subprocess.Popen[bytes]) -> None:
+        """Let ensembles finish: on SIGTERM Triton would refuse the next step of one that is under way."""
+        ensembles = [folder.name for folder in self.repository.glob("*_*") if folder.name.endswith(("_embed", "_classify"))]
+        deadline = time.monotonic() + DRAIN_S
+        try:
+            for name in ensembles:
+                self._administer(f"models/{name}/unload")
+            while process.poll() is None and time.monotonic() < deadline:
+                states = {model["name"]: model.get("state") for model in self._administer("index")}
+                if not any(states.get(name) == "UNLOADING" for name in ensembles):
+                    return
+                time.sleep(0.05)
+        except (OSError, http.client.HTTPException):  # it is dead or stuck: nothing to wait for
+            return
+
+    def _administer(self, path: str) -> Any:  # noqa: ANN401  # JSON
+        """A request to Triton's model-repository extension, with the key. Raises: OSError."""
+        request = urllib.request.Request(f"{self.http_url}/v2/repository/{path}", b"{}", {KEY_NAME: self.key}, method="POST")  # noqa: S310
+        with urllib.request.urlopen(request, timeout=DRAIN_S) as response:  # noqa: S310  # our own http:// address
+            return json.loads(response.read() or b"null")
+
     def wait(self) -> None:
         """Block while the server runs. Raises: TritonStartError if it ends by itself."""
+        raise TritonStartError(str(self.ended_within(None)))
+
+    def ended_within(self, seconds: float | None) -> str | None:
+        """Wait so long (None: for ever); what is known of a server that ended by itself meanwhile, else None."""
         assert self._process is not None, "start() comes first"
-        code = self._process.wait()
-        raise TritonStartError(f"the Triton server ended by itself (exit status {code}): {_tail(self._read_log())}")
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        return f"the Triton server ended by itself (exit status {code}): {_tail(self._read_log())}"
 
     def __enter__(self) -> Self:
         self.start()
@@ -122,9 +178,12 @@ class TritonServer:
     def _plan(self, folder: Path) -> tuple[list[str], dict[str, str]]:
         """Command and environment: a tritonserver on PATH with its own backends, else the pip runtime with ours."""
         options = [f"--model-repository={self.repository.resolve()}", "--disable-auto-complete-config"]
-        options += ["--exit-timeout-secs=5", _shared_memory("python", folder)]
+        options += [f"--exit-timeout-secs={DRAIN_S}", _shared_memory("python", folder)]
         for kind, port in self.ports.items():
-            options += [f"--{kind}-address={HOST}", f"--{kind}-port={port}"]
+            options += [f"--{kind}-address={self.host}", f"--{kind}-port={port}"]
+        options += ["--model-control-mode=explicit", "--load-model=*"]
+        options += [f"--http-restricted-api={_RESTRICTED}:{KEY_NAME}={self.key}"]
+        options += [f"--grpc-restricted-protocol={_RESTRICTED}:{KEY_NAME}={self.key}"]
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER]
         installed = shutil.which("tritonserver")
         if installed is not None:
@@ -146,10 +205,14 @@ class TritonServer:
 
 
 def serve(server: TritonServer) -> None:
-    """`simclr triton`: run until Ctrl-C or SIGTERM. Raises: TritonStartError."""
+    """`simclr triton`: run, supervised, until Ctrl-C or SIGTERM. Raises: TritonStartError."""
+    from serve.triton_supervisor import supervise  # which needs this module
+
     with suppress(KeyboardInterrupt), stopped_by_sigterm(), server:
         print(f"Triton serves {server.repository} on {server.url} and {server.http_url}; Ctrl-C stops it", flush=True)
-        server.wait()
+        if server.host != HOST:
+            print(f"open to all who reach {server.host}: inference and metrics need no password", file=sys.stderr, flush=True)
+        supervise(server)
 
 
 def _require_models(repository: Path) -> None:
@@ -159,8 +222,8 @@ def _require_models(repository: Path) -> None:
         )
 
 
-def _require_free(kind: str, port: int) -> None:
-    if reason := busy_reason(HOST, port):
+def _require_free(host: str, kind: str, port: int) -> None:
+    if reason := busy_reason(host, port):
         raise TritonStartError(f"port {port} cannot be used ({reason}); choose another with --{kind}-port")
 
 

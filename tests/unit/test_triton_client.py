@@ -158,10 +158,11 @@ def test_a_model_that_is_not_ours(fake_triton, parameters, reason):
 @pytest.mark.parametrize(("names", "found"), [([], "none"), (["a_encoder", "b_encoder", "a_embed"], "a, b")])
 def test_the_name_may_be_left_out_only_if_it_is_clear(fake_triton, tmp_path, names, found):
     url, answers, _ = fake_triton
-    answers["/v2/repository/index"] = (200, [{"name": name} for name in names])
+    answers["/v2/models/stats"] = (200, {"model_stats": [{"name": name} for name in names]})
     with pytest.raises(ContractError, match=f"the server has {found}"):
         TritonEncoder(url)
-    answers["/v2/repository/index"] = (200, [{"name": "toy_encoder"}, {"name": "toy_embed"}, {"name": "something"}])
+    names = ("toy_encoder", "toy_embed", "something")
+    answers["/v2/models/stats"] = (200, {"model_stats": [{"name": name} for name in names]})
     answers["/v2/models/toy_encoder/config"] = (200, config(tmp_path))
     assert TritonEncoder(url).manifest.name == "toy"
 
