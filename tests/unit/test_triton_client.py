@@ -11,7 +11,8 @@ import pytest
 from serve.contract import METADATA_KEY
 from serve.encoder import open_encoder
 from serve.errors import ContractError, EncoderUnavailable
-from serve.triton_client import TRIES, TritonEncoder
+from serve.triton_client import TritonEncoder
+from serve.triton_endpoints import TRIES
 from serve.triton_server import free_port
 from tests.toy_encoder import write_toy_encoder
 
