@@ -232,9 +232,9 @@ class FitHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a trained encoder as ONNX and as a Triton model repository, after a parity check."""
+    """Write a trained encoder as ONNX and as the next version in a Triton model repository, after a parity check."""
 
-    run: Path
+    run: Path | None = None
     """The folder of a finished pretraining."""
     repository: Path
     """The model repository to write into; other models in it stay."""
@@ -250,20 +250,35 @@ class Export:
     """Pictures that calibrate int8 and measure what fp16 and int8 cost a search. Default: those of the training."""
     accept_loss: bool = False
     """Publish fp16 or int8 even if it misses more neighbours than the floor allows."""
+    rollback: bool = False
+    """Serve the version before again, instead of exporting a run."""
+    server: Annotated[str | None, arg(metavar="URL")] = None
+    """http://host:8000 of a running server of this repository, to change over without a failed request (SIMCLR_TRITON_KEY)."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):  # a folder's name, and a part of addresses
             raise SimclrError(f"--name is {self.name!r}, wanted letters, digits and any of _ - .")
         if self.precision == "fp32" and (self.images, self.accept_loss) != (None, False):
             raise SimclrError("--images and --accept-loss belong to --precision fp16 or int8")
+        if (self.run is None) != self.rollback:
+            raise SimclrError("wanted either --run RUN to export or --rollback to serve the version before")
+        if self.server is not None and not self.server.startswith("http://"):
+            raise SimclrError(f"--server is {self.server!r}, wanted http://host:8000 of a Triton server")
 
     def __call__(self) -> None:
         from export.publish import publish, report_lines
+        from export.versions import roll_back
         from serve.classify import Head
+        from serve.model_control import changed_on
 
+        changed = changed_on(self.server)
+        if self.run is None:
+            version = roll_back(self.repository, self.name, changed)
+            print(f"{self.repository}: {self.name} serves version {version} again")
+            return
         options = {name: getattr(self, name) for name in ("name", "target", "precision", "images", "accept_loss")}
         head = Head.load(self.head) if self.head else None
-        manifest, models = publish(self.run, self.repository, head=head, **options)
+        manifest, models = publish(self.run, self.repository, head=head, changed=changed, **options)
         print(f"{self.repository}: {', '.join(models)}")
         print("\n".join(report_lines(manifest)))
 

@@ -1,4 +1,4 @@
-"""A trained encoder as one ONNX graph: uint8 NHWC -> scale, mean and std -> encoder -> L2 norm, the manifest within."""
+"""An encoder as one ONNX graph: uint8 NHWC -> scale, mean and std -> encoder -> L2 norm, the manifest within."""
 
 from __future__ import annotations
 
@@ -6,42 +6,61 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from torch import nn
 
-from serve.contract import METADATA_KEY, Manifest
+from serve.contract import METADATA_KEY, Manifest, TensorSpec
 from serve.errors import ExportError
-from train.encoder import Encoder, UnitEncoder
+from train.encoder import UnitEncoder
 
-OPSET, MAX_IR_VERSION = 18, 10
+OPSET, MAX_OPSET, MAX_IR_VERSION = 18, 20, 10
 """What every Triton since 24.10 loads (its ONNX Runtime 1.19 reads IR 10 and opset 21)."""
+MAX_BYTES = 2**31 - 1
+"""What protobuf puts into one message, and so into one file."""
+_ELEMENT_TYPES = {"uint8": onnx.TensorProto.UINT8, "float32": onnx.TensorProto.FLOAT}
 
 
-def write_graph(encoder: Encoder, manifest: Manifest, path: Path) -> None:
-    """Export to one file. Raises: ExportError if the batch dimension is not free or Triton could not load it."""
+def write_graph(encoder: nn.Module, manifest: Manifest, path: Path) -> None:
+    """Export to one file that `check_graph` has passed. Raises: ExportError.
+
+    Args: encoder, float images in [0, 1] (B, 3, H, W) -> features (B, D); the pixels' scale and the L2 norm are put around it.
+    """
+    weight_bytes = sum(tensor.nbytes for tensor in (*encoder.parameters(), *encoder.buffers()))
+    if weight_bytes > MAX_BYTES:  # rather now than after minutes of tracing
+        raise ExportError(f"the weights are {_too_large(weight_bytes)}; export a narrower network")
+    model = _traced(UnitEncoder(encoder).eval(), manifest)
+    stamp(model, manifest)
+    onnx.save_model(model, path)
+    check_graph(path, manifest)
+
+
+def _traced(network: nn.Module, manifest: Manifest) -> onnx.ModelProto:
     height, width, _ = manifest.input.shape
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)  # a batch of 1 would be baked in as a constant
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            UnitEncoder(encoder).eval(),
-            (example,),
-            input_names=[manifest.input.name],
-            output_names=[manifest.output.name],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                network,
+                (example,),
+                input_names=[manifest.input.name],
+                output_names=[manifest.output.name],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:  # of any type: what a module does wrong under the tracer is its own affair
+            raise ExportError(f"torch cannot export the network with a free batch size ({reason(error)})") from error
     assert program is not None
-    model = program.model_proto
-    stamp(model, manifest)
-    onnx.save_model(model, path)
-    check_graph(path, manifest)
+    return program.model_proto
 
 
 def stamp(model: onnx.ModelProto, manifest: Manifest) -> None:
@@ -51,18 +70,71 @@ def stamp(model: onnx.ModelProto, manifest: Manifest) -> None:
 
 
 def check_graph(path: Path, manifest: Manifest) -> None:
-    """What every rewriting step must leave true. Raises: ExportError."""
-    onnx.checker.check_model(path, full_check=True)
-    model = onnx.load(path, load_external_data=False)
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if model.ir_version > MAX_IR_VERSION or not 18 <= opset <= 20:
-        raise ExportError(
-            f"{path}: IR {model.ir_version}, opset {opset}; wanted IR <= {MAX_IR_VERSION} and opset 18 to 20 for Triton"
+    """What every rewriting step must leave true. Raises: ExportError.
+
+    One valid file that Triton loads, in ONNX's own operators, with the manifest's tensors and a free batch size.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ExportError(f"{path}: {_too_large(path.stat().st_size)}; export a narrower network")
+    try:
+        onnx.checker.check_model(path, full_check=True)
+        model = onnx.load(path, load_external_data=False)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
+        raise ExportError(f"{path}: not a valid ONNX graph ({reason(error)})") from error
+    for fault in (*_version_faults(model), *_storage_faults(model), *_tensor_faults(model, manifest)):
+        raise ExportError(f"{path}: {fault}")
+
+
+def _version_faults(model: onnx.ModelProto) -> Iterator[str]:
+    opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    opset = opsets.pop("ai.onnx", 0)
+    if model.ir_version > MAX_IR_VERSION or not OPSET <= opset <= MAX_OPSET:
+        yield (
+            f"IR {model.ir_version}, opset {opset}; wanted IR <= {MAX_IR_VERSION} and opset {OPSET} to {MAX_OPSET} for Triton"
         )
-    tensors = zip((*model.graph.input, *model.graph.output), (manifest.input, manifest.output), strict=True)
-    for value, wanted in tensors:
-        batch, *shape = value.type.tensor_type.shape.dim
-        if value.name != wanted.name or not batch.dim_param or tuple(dim.dim_value for dim in shape) != wanted.shape:
-            raise ExportError(
-                f"{path}: {value.name} has shape {value.type.tensor_type.shape}, wanted ['batch', *{wanted.shape}]"
-            )
+    if opsets:
+        yield f"uses the operators of {', '.join(sorted(opsets))}; wanted ONNX's own alone, which every runtime has"
+
+
+def _storage_faults(model: onnx.ModelProto) -> Iterator[str]:
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            yield f"{tensor.name} lies in another file; wanted one file, which can be renamed and copied"
+
+
+def _tensor_faults(model: onnx.ModelProto, manifest: Manifest) -> Iterator[str]:
+    values = (*model.graph.input, *model.graph.output)
+    if (len(model.graph.input), len(model.graph.output)) != (1, 1):
+        yield f"inputs and outputs are {', '.join(value.name for value in values)}; wanted one of each"
+        return
+    wanted = (manifest.input, manifest.output)
+    for value, spec in zip(values, wanted, strict=True):
+        if fault := _tensor_fault(value, spec):
+            yield fault
+    batches = [value.type.tensor_type.shape.dim[0].dim_param for value in values if value.type.tensor_type.shape.dim]
+    if len(set(batches)) > 1:
+        yield f"the batch is {batches[0]} at the input and {batches[1]} at the output; wanted the same"
+
+
+def _tensor_fault(value: onnx.ValueInfoProto, wanted: TensorSpec) -> str | None:
+    tensor = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    free = bool(shape) and isinstance(shape[0], str)
+    if value.name != wanted.name or not free or tuple(shape[1:]) != wanted.shape:
+        return f"{value.name} has shape {shape}, wanted {wanted.name} with ['batch', {', '.join(map(str, wanted.shape))}]"
+    if tensor.elem_type != _ELEMENT_TYPES[wanted.dtype]:
+        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        return f"{value.name} is {kind}, wanted {wanted.dtype}"
+    return None
+
+
+def _too_large(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.3g} GB, more than the {MAX_BYTES / 1e9:.3g} GB that one ONNX file can hold"
+
+
+def reason(error: BaseException) -> str:
+    """Type and first line of what lies at the bottom of an error: exporters wrap it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -40,11 +40,13 @@ def publish(
     images: str | None = None,
     accept_loss: bool = False,
     pictures: Sequence[bytes] = (),
+    changed: Callable[[list[str]], None] = lambda _: None,
 ) -> tuple[Manifest, list[str]]:
     """Export a run into a Triton model repository; returns the manifest and the names of the models.
 
     Args: images, pictures that calibrate int8 and measure what fp16 and int8 cost a search; default, those of the training;
-    accept_loss, publish below the floor of recall too; pictures, encoded, added to the golden images of the parity check.
+    accept_loss, publish below the floor of recall too; pictures, encoded, added to the golden images of the parity check;
+    changed, as in `write_repository`.
     Raises: ContractError, SourceError, EncoderMismatch for a foreign head, ExportError beyond tolerance or below the floor.
     """
     encoder, trained = load_encoder(run)
@@ -71,7 +73,7 @@ def publish(
         check_graph(graph, manifest)
         if head is not None:
             head = replace(head, encoder_id=manifest.encoder_id)
-        return manifest, write_repository(repository, graph=graph, manifest=manifest, head=head, target=target)
+        return manifest, write_repository(repository, graph=graph, manifest=manifest, head=head, target=target, changed=changed)
 
 
 def report_lines(manifest: Manifest) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,13 +24,16 @@ from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 import serve.preprocess
+from export.versions import change_over, next_version, obsolete
 from serve.classify import Head
 from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest
 from serve.files import atomic_folder
+from serve.versions import CONFIG_NAME
 
 Target: TypeAlias = Literal["gpu", "cpu"]
 MAX_BATCH = 32
 LABELS_NAME = "labels.txt"
+KEPT_VERSIONS = 3
 OPSET, IR_VERSION = 18, 8
 """Of the head's graph: old enough for every Triton in use; onnx's own defaults are too new for all of them."""
 PASSED = "passed_embedding"
@@ -39,37 +43,52 @@ _KINDS = {"gpu": pb.ModelInstanceGroup.KIND_GPU, "cpu": pb.ModelInstanceGroup.KI
 _DTYPES = {"uint8": pb.TYPE_UINT8, "float32": pb.TYPE_FP32}
 
 
-def write_repository(repository: Path, *, graph: Path, manifest: Manifest, head: Head | None, target: Target) -> list[str]:
-    """Write or replace the models of one encoder; models of other names stay.
+def write_repository(
+    repository: Path,
+    *,
+    graph: Path,
+    manifest: Manifest,
+    head: Head | None,
+    target: Target,
+    changed: Callable[[list[str]], None] = lambda _: None,
+) -> list[str]:
+    """Publish the next version of one encoder's models; models of other names stay, and so do the two versions before it.
 
-    Args: graph, a finished model.onnx that carries `manifest`; head, None to serve no classes.
+    Args: graph, a finished model.onnx that carries `manifest`; head, None to serve no classes; changed, told of the models that
+    a running server must load anew, in the order of `export.versions.change_over`.
     Returns: the names of the models. Raises: EncoderMismatch if the head belongs to another encoder.
     """
     if head is not None:
         head.require(manifest.encoder_id)
-    configs = model_configs(manifest, head, target)
+    number = next_version(repository, manifest.name)
+    configs = model_configs(manifest, head, target, number)
+    repository.mkdir(parents=True, exist_ok=True)
+    for name, config in configs.items():
+        with atomic_folder(repository / name / str(number), workshop=_workshop(repository)) as folder:
+            (folder / CONFIG_NAME).write_text(text_format.MessageToString(config, as_utf8=True), encoding="utf-8")
+            _fill(folder, name.removeprefix(f"{manifest.name}_"), graph=graph, manifest=manifest, head=head)
+    for models in change_over(repository, manifest.name, number):
+        changed(models)
     for role in ("classify", "head"):  # the ensemble goes before the model it needs
         if f"{manifest.name}_{role}" not in configs:
             shutil.rmtree(repository / f"{manifest.name}_{role}", ignore_errors=True)
-    repository.mkdir(parents=True, exist_ok=True)
-    for name, config in configs.items():
-        with atomic_folder(repository / name, workshop=_workshop(repository)) as folder:
-            (folder / "config.pbtxt").write_text(text_format.MessageToString(config, as_utf8=True), encoding="utf-8")
-            version = folder / "1"
-            version.mkdir()
-            _fill(folder, version, name.removeprefix(f"{manifest.name}_"), graph=graph, manifest=manifest, head=head)
+    for name in configs:
+        for folder in obsolete(repository / name, KEPT_VERSIONS):
+            shutil.rmtree(folder, ignore_errors=True)
     return list(configs)
 
 
-def model_configs(manifest: Manifest, head: Head | None, target: Target) -> dict[str, Any]:
+def model_configs(manifest: Manifest, head: Head | None, target: Target, version: int) -> dict[str, Any]:
     """Model name -> its ModelConfig message, each before the ensembles that use it."""
     name = manifest.name
     configs = [_preprocess_config(manifest), _encoder_config(manifest, target)]
     if head is not None:
-        configs.append(_head_config(manifest, head, target))
-    configs.append(_ensemble_config(f"{name}_embed", manifest, None))
+        configs.append(_head_config(manifest, head, target, version))
+    configs.append(_ensemble_config(f"{name}_embed", manifest, None, version))
     if head is not None:
-        configs.append(_ensemble_config(f"{name}_classify", manifest, head))
+        configs.append(_ensemble_config(f"{name}_classify", manifest, head, version))
+    for config in configs:
+        config.version_policy.specific.versions.append(version)
     return {config.name: config for config in configs}
 
 
@@ -96,8 +115,8 @@ def head_graph(head: Head) -> onnx.ModelProto:
     return model
 
 
-def _fill(folder: Path, version: Path, role: str, *, graph: Path, manifest: Manifest, head: Head | None) -> None:
-    """What stands beside config.pbtxt; an ensemble is its configuration and a version folder with nothing of use."""
+def _fill(version: Path, role: str, *, graph: Path, manifest: Manifest, head: Head | None) -> None:
+    """The files of one version; an ensemble has none but its configuration."""
     if role == "preprocess":
         shutil.copyfile(Path(__file__).with_name("triton_preprocess.py"), version / "model.py")
         shutil.copyfile(str(serve.preprocess.__file__), version / "preprocess.py")
@@ -107,9 +126,7 @@ def _fill(folder: Path, version: Path, role: str, *, graph: Path, manifest: Mani
     elif role == "head" and head is not None:
         onnx.save(head_graph(head), version / "model.onnx")
         lines = [" ".join(label.split()) for label in head.classes]
-        (folder / LABELS_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    else:
-        (version / ".keep").touch()  # git and object stores drop empty folders, and Triton then finds no version
+        (version / LABELS_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _preprocess_config(manifest: Manifest) -> Any:  # noqa: ANN401  # protobuf messages have no static types here
@@ -139,12 +156,12 @@ def _encoder_config(manifest: Manifest, target: Target) -> Any:  # noqa: ANN401
     )
 
 
-def _head_config(manifest: Manifest, head: Head, target: Target) -> Any:  # noqa: ANN401
+def _head_config(manifest: Manifest, head: Head, target: Target, version: int) -> Any:  # noqa: ANN401
     return _config(
         f"{manifest.name}_head",
         backend="onnxruntime",
         input=[pb.ModelInput(name="embedding", data_type=pb.TYPE_FP32, dims=manifest.output.shape)],
-        output=[_probabilities(head, label_filename=LABELS_NAME), _vector(PASSED, manifest)],
+        output=[_probabilities(head, label_filename=f"{version}/{LABELS_NAME}"), _vector(PASSED, manifest)],
         dynamic_batching=pb.ModelDynamicBatching(),
         instance_group=[pb.ModelInstanceGroup(count=1, kind=_KINDS[target])],
         model_warmup=_warmup("embedding", pb.TYPE_FP32, manifest.output.shape),
@@ -152,16 +169,21 @@ def _head_config(manifest: Manifest, head: Head, target: Target) -> Any:  # noqa
     )
 
 
-def _ensemble_config(name: str, manifest: Manifest, head: Head | None) -> Any:  # noqa: ANN401
+def _ensemble_config(name: str, manifest: Manifest, head: Head | None, version: int) -> Any:  # noqa: ANN401
     """preprocess -> encoder, and -> head where there is one."""
     step = pb.ModelEnsembling.Step
     vector = "embedding" if head is None else "vector"
     prefix = manifest.name
     steps = [
-        step(model_name=f"{prefix}_preprocess", model_version=-1, input_map={"bytes": "bytes"}, output_map={"image": "image"}),
+        step(
+            model_name=f"{prefix}_preprocess",
+            model_version=version,
+            input_map={"bytes": "bytes"},
+            output_map={"image": "image"},
+        ),
         step(
             model_name=f"{prefix}_encoder",
-            model_version=-1,
+            model_version=version,
             input_map={manifest.input.name: "image"},
             output_map={manifest.output.name: vector},
         ),
@@ -169,7 +191,7 @@ def _ensemble_config(name: str, manifest: Manifest, head: Head | None) -> Any:  
     outputs = [_vector("embedding", manifest)]
     if head is not None:
         maps = {"input_map": {"embedding": vector}, "output_map": {"probabilities": "probabilities", PASSED: "embedding"}}
-        steps.append(step(model_name=f"{prefix}_head", model_version=-1, **maps))
+        steps.append(step(model_name=f"{prefix}_head", model_version=version, **maps))
         outputs.append(_probabilities(head))
     return _config(
         name,
@@ -182,8 +204,7 @@ def _ensemble_config(name: str, manifest: Manifest, head: Head | None) -> Any:  
 
 
 def _config(name: str, **fields: Any) -> Any:  # noqa: ANN401
-    latest = pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=1))
-    return pb.ModelConfig(name=name, max_batch_size=MAX_BATCH, version_policy=latest, **fields)
+    return pb.ModelConfig(name=name, max_batch_size=MAX_BATCH, **fields)
 
 
 def _bytes_input() -> Any:  # noqa: ANN401

@@ -21,6 +21,7 @@ from PIL import Image
 from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest, Preprocess
 from serve.errors import ContractError
 from serve.preprocess import ImageError, load_image
+from serve.versions import served_version
 
 Picture: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -86,16 +87,16 @@ def open_encoder(spec: str | Path) -> Encoder:
 
 
 def find_graph(repository: Path) -> Path:
-    """The newest encoder graph of a repository that holds one encoder, or of REPOSITORY/NAME. Raises: ContractError."""
+    """The served encoder graph of a repository that holds one encoder, or of REPOSITORY/NAME. Raises: ContractError."""
     named = repository.parent / f"{repository.name}_encoder"
     models = sorted(repository.glob("*_encoder")) or [named] * named.is_dir()
     if len(models) != 1:
         found = ", ".join(model.name for model in models) or "none"
         raise ContractError(f"{repository}: wanted one folder NAME_encoder, found {found}; give what `simclr export` wrote")
-    versions = [folder for folder in models[0].iterdir() if folder.name.isdecimal() and (folder / "model.onnx").is_file()]
-    if not versions:
+    graph = models[0] / str(served_version(models[0])) / "model.onnx"
+    if not graph.is_file():
         raise ContractError(f"{models[0]}: holds no version folder with a model.onnx; export the run again")
-    return max(versions, key=lambda folder: int(folder.name)) / "model.onnx"
+    return graph
 
 
 class OnnxEncoder:

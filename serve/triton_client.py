@@ -32,6 +32,8 @@ class TritonEncoder:
         config = self._servers.call(self._config)
         self.manifest = self._manifest_in(config)
         self._max_batch = max(1, int(config.get("max_batch_size", 0)))
+        self._versions: dict[tuple[str, str], str] = {}
+        """(server, role) -> the version that it said it serves; "" where its configuration names none."""
         self._servers.meet(self._greet)
 
     @property
@@ -79,14 +81,17 @@ class TritonEncoder:
             )
         return Manifest.parse(config["parameters"][METADATA_KEY]["string_value"], self.url)
 
-    def _greet(self, server: Transport) -> None:
+    def _greet(self, server: Transport, role: str = "encoder") -> None:
         """Vectors of two encoders are never mixed, whatever has come up at an address since. Raises: EncoderMismatch."""
-        found = self._manifest_in(self._config(server)).encoder_id
+        config = server.config(f"{self._name}_{role}")
+        found = config.get("parameters", {}).get("encoder_id", {}).get("string_value") or self._manifest_in(config).encoder_id
         if found != self.encoder_id:
             raise EncoderMismatch(
-                f"{self.url}: a server has encoder {found}, this client began with {self.encoder_id}; serve one of them "
-                "everywhere, then start the client anew and fill a new gallery with `simclr gallery add` if need be"
+                f"{self.url}: {server.address} has encoder {found} now, this client began with {self.encoder_id}; "
+                "open it anew, and a gallery of the old one's vectors with `simclr gallery add NEW --images SRC --encoder ENC`"
             )
+        named = config.get("version_policy", {}).get("specific", {}).get("versions", [])
+        self._versions[server.address, role] = str(max(map(int, named), default=""))
 
     def _only_name(self) -> str:
         names = sorted(
@@ -113,4 +118,10 @@ class TritonEncoder:
             raise ImageError(f"{reason}{after}") from refused
 
     def _infer(self, role: str, name: str, array: NDArray[Any], datatype: str) -> Any:  # noqa: ANN401
-        return self._servers.call(lambda server: server.infer(f"{self._name}_{role}", name, array, datatype), self._greet)
+        def request(server: Transport) -> Any:  # noqa: ANN401
+            answer = server.infer(f"{self._name}_{role}", name, array, datatype)
+            if server.version(answer) != self._versions[server.address, role] != "":  # changed over since it was greeted
+                self._greet(server, role)
+            return answer
+
+        return self._servers.call(request, lambda server: self._greet(server, role), role)

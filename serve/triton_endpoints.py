@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tritonclient.utils import InferenceServerException
@@ -41,8 +42,8 @@ class Endpoint:
     failures: int = 0
     """In a row."""
     rests_until: float = 0.0
-    greeted: float = -GREETED_FOR_S
-    """When it last said who it is: another encoder may have come up in its place."""
+    greeted: dict[str, float] = field(default_factory=dict)
+    """Role -> when it last said who it is: another encoder may have come up in its place."""
 
 
 class Endpoints:
@@ -59,10 +60,12 @@ class Endpoints:
         self.all = [Endpoint(address, kind(address, timeout_s / len(addresses))) for address in addresses]
         self._lock = threading.Lock()
 
-    def call(self, request: Callable[[Transport], _T], greet: Callable[[Transport], object] | None = None) -> _T:
+    def call(
+        self, request: Callable[[Transport], _T], greet: Callable[[Transport], object] | None = None, role: str = ""
+    ) -> _T:
         """Send, and send again while nobody answers. Every foreign exception is translated here.
 
-        Args: greet, run first on a server that has not been greeted lately; what it raises is no failure of the server.
+        Args: greet, run first on a server that has not been greeted for this role lately; its EncoderMismatch ends the request.
         """
         reason = ""
         for attempt in range(TRIES):
@@ -71,7 +74,7 @@ class Endpoints:
             slow = False
             for endpoint in self._in_turn():
                 try:
-                    return self._ask(endpoint, request, greet)
+                    return self._ask(endpoint, request, greet, role)
                 except InferenceServerException as error:
                     slow = slow or error.status() == "StatusCode.DEADLINE_EXCEEDED"
                     reason = str(error.message())
@@ -88,21 +91,26 @@ class Endpoints:
 
     def meet(self, greet: Callable[[Transport], object]) -> None:
         """Greet every server that answers, so that a wrong one is known now and not at some later request."""
-        if len(self.all) == 1:
-            self.all[0].greeted = time.monotonic()  # it has just said who it is
+        if len(self.all) == 1:  # it has just answered
             return
         for endpoint in self.all:
             with suppress(InferenceServerException, OSError, http.client.HTTPException):  # it rests, and is met later
-                self._ask(endpoint, lambda _: None, greet)
+                self._ask(endpoint, lambda _: None, greet, "")
 
-    def _ask(self, endpoint: Endpoint, request: Callable[[Transport], _T], greet: Callable[[Transport], object] | None) -> _T:
+    def _ask(
+        self,
+        endpoint: Endpoint,
+        request: Callable[[Transport], _T],
+        greet: Callable[[Transport], object] | None,
+        role: str,
+    ) -> _T:
         with self._lock:
             endpoint.outstanding += 1
             endpoint.asked += 1
         try:
-            if greet is not None and time.monotonic() - endpoint.greeted >= GREETED_FOR_S:
+            if greet is not None and time.monotonic() - endpoint.greeted.get(role, -math.inf) >= GREETED_FOR_S:
                 greet(endpoint.transport)
-                endpoint.greeted = time.monotonic()
+                endpoint.greeted[role] = time.monotonic()
             answer = request(endpoint.transport)
         except InferenceServerException as error:
             if error.status() not in ("StatusCode.UNAVAILABLE", "503", "StatusCode.DEADLINE_EXCEEDED"):
@@ -132,7 +140,7 @@ class Endpoints:
         with self._lock:
             endpoint.rests_until = time.monotonic() + min(MOST_REST_S, REST_S * 2**endpoint.failures)
             endpoint.failures += 1
-            endpoint.greeted = -GREETED_FOR_S
+            endpoint.greeted.clear()
 
     def _translated(self, error: InferenceServerException) -> Exception:
         status, message = error.status(), str(error.message())

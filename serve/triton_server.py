@@ -7,8 +7,6 @@ the key in SIMCLR_TRITON_KEY; without that variable nobody has it.
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
 import os
 import re
 import secrets
@@ -23,9 +21,10 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from serve.errors import SimclrError, TritonStartError
+from serve.errors import EncoderUnavailable, SimclrError, TritonStartError
+from serve.model_control import KEY_NAME, KEY_VARIABLE, ModelControl
 from serve.ports import HOST, busy_reason, free_port
 from serve.signals import stopped_by_sigterm
 from serve.triton_runtime import find_runtime, install_runtime, runtime_folder
@@ -34,9 +33,6 @@ START_TIMEOUT_S = 300.0
 """Large graphs and TensorRT engines take their time."""
 DRAIN_S, STOP_TIMEOUT_S = 10, 15.0
 """On SIGTERM Triton takes no more and finishes what it has, within the first; after the second it is killed."""
-KEY_VARIABLE = "SIMCLR_TRITON_KEY"
-KEY_NAME = "simclr-key"
-"""The HTTP header that carries the key; in gRPC's metadata it is called triton-grpc-protocol-simclr-key."""
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 """prctl(PR_SET_PDEATHSIG, SIGTERM), then become tritonserver: the server does not outlive us, not even our kill -9.
@@ -125,22 +121,15 @@ class TritonServer:
         """Let ensembles finish: on SIGTERM Triton would refuse the next step of one that is under way."""
         ensembles = [folder.name for folder in self.repository.glob("*_*") if folder.name.endswith(("_embed", "_classify"))]
         deadline = time.monotonic() + DRAIN_S
-        try:
+        control = ModelControl(self.http_url, self.key, timeout_s=DRAIN_S)
+        with suppress(EncoderUnavailable):  # it is dead or stuck: nothing to wait for
             for name in ensembles:
-                self._administer(f"models/{name}/unload")
+                control.unload(name)
             while process.poll() is None and time.monotonic() < deadline:
-                states = {model["name"]: model.get("state") for model in self._administer("index")}
-                if not any(states.get(name) == "UNLOADING" for name in ensembles):
+                busy = {model for model, state in control.states().items() if state == "UNLOADING"}
+                if not any(model.startswith(f"{name}/") for model in busy for name in ensembles):
                     return
                 time.sleep(0.05)
-        except (OSError, http.client.HTTPException):  # it is dead or stuck: nothing to wait for
-            return
-
-    def _administer(self, path: str) -> Any:  # noqa: ANN401  # JSON
-        """A request to Triton's model-repository extension, with the key. Raises: OSError."""
-        request = urllib.request.Request(f"{self.http_url}/v2/repository/{path}", b"{}", {KEY_NAME: self.key}, method="POST")  # noqa: S310
-        with urllib.request.urlopen(request, timeout=DRAIN_S) as response:  # noqa: S310  # our own http:// address
-            return json.loads(response.read() or b"null")
 
     def wait(self) -> None:
         """Block while the server runs. Raises: TritonStartError if it ends by itself."""

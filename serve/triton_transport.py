@@ -24,6 +24,8 @@ _CHANNEL = [
 class Transport(Protocol):
     """What a client asks of one server; every call has the deadline that the transport was made with."""
 
+    address: str
+
     def models(self) -> list[str]:
         """Names of the models that are served."""
 
@@ -33,11 +35,15 @@ class Transport(Protocol):
     def infer(self, model: str, name: str, array: NDArray[Any], datatype: str) -> Any:  # noqa: ANN401
         """tritonclient's InferResult for one input tensor."""
 
+    def version(self, answer: Any) -> str:  # noqa: ANN401
+        """Of the model that gave an answer of `infer`."""
+
 
 class Grpc:
     """One channel for all threads."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
+        self.address = address
         self._client = tritonclient.grpc.InferenceServerClient(address, channel_args=_CHANNEL)
         self._timeout_s = timeout_s
 
@@ -57,12 +63,16 @@ class Grpc:
         tensor.set_data_from_numpy(array)
         return self._client.infer(model, [tensor], client_timeout=self._timeout_s)
 
+    def version(self, answer: Any) -> str:  # noqa: ANN401
+        """See `Transport`."""
+        return str(answer.get_response().model_version)
+
 
 class Http:
     """One client per thread: tritonclient.http is built on gevent, whose sockets belong to the thread that made them."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
-        self._address = address
+        self.address = address
         self._timeout_s = timeout_s
         self._local = threading.local()
 
@@ -80,10 +90,14 @@ class Http:
         tensor.set_data_from_numpy(array)
         return self._client().infer(model, [tensor])
 
+    def version(self, answer: Any) -> str:  # noqa: ANN401
+        """See `Transport`."""
+        return str(answer.get_response()["model_version"])
+
     def _client(self) -> Any:  # noqa: ANN401
         if not hasattr(self._local, "client"):
             self._local.client = tritonclient.http.InferenceServerClient(
-                self._address, connection_timeout=self._timeout_s, network_timeout=self._timeout_s
+                self.address, connection_timeout=self._timeout_s, network_timeout=self._timeout_s
             )
         return self._local.client
 

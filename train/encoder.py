@@ -236,9 +236,12 @@ def _initialise(module: nn.Module) -> None:
 
 
 class UnitEncoder(nn.Module):
-    """What is exported and served: uint8 (B, H, W, 3) -> scale to [0, 1] -> encoder -> unit vectors (B, D)."""
+    """What is exported and served: uint8 (B, H, W, 3) -> scale to [0, 1] -> encoder -> unit vectors (B, D).
 
-    def __init__(self, encoder: Encoder) -> None:
+    Any encoder will do that takes what `Encoder` takes and gives what it gives.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 

@@ -24,10 +24,11 @@ from export.repository import write_repository
 from serve import triton_supervisor
 from serve.encoder import open_encoder
 from serve.errors import TritonStartError
+from serve.model_control import KEY_VARIABLE
 from serve.preprocess import ImageError
 from serve.triton_client import TritonEncoder
 from serve.triton_runtime import runtime_folder
-from serve.triton_server import KEY_VARIABLE, TritonServer
+from serve.triton_server import TritonServer
 from serve.triton_supervisor import canary_fault, supervise
 from tests.bad_images import accepted, good, refused
 from tests.toy_encoder import write_toy_encoder

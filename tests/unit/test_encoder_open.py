@@ -53,6 +53,11 @@ def test_the_newest_version_is_taken_by_its_number(repository):
     (repository / "toy_encoder" / "11").mkdir()
     (repository / "toy_encoder" / "latest").mkdir()
     assert find_graph(repository) == repository / "toy_encoder" / "10" / "model.onnx"
+    config = 'name: "toy_encoder" version_policy { specific { versions: [1, 9] } }'
+    (repository / "toy_encoder" / "config.pbtxt").write_text(config)
+    assert find_graph(repository) == repository / "toy_encoder" / "9" / "model.onnx", "as Triton serves it"
+    (repository / "toy_encoder" / "config.pbtxt").write_text("version_policy {")
+    assert "not a Triton configuration" in refusal(repository)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "*", "**x", "?", "two words", "é"])
