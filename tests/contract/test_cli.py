@@ -35,8 +35,8 @@ OPTIONS = {
     "fit-head": "--encoder --images --out",
     "import-weights": "--weights --run --pixels --image-size",
     "distill": "--teacher --head --images --run --arch --width --temperature --resume",
-    "export": "--run --repository --name --head --target",
-    "triton": "--repository --http-port --grpc-port --metrics-port",
+    "export": "--run --repository --name --head --target --precision --images --accept-loss --rollback --server",
+    "triton": "--repository --host --http-port --grpc-port --metrics-port",
     "embed": "--encoder --images --out",
     "gallery add": "GALLERY --images --encoder",
     "gallery remove": "GALLERY",
@@ -361,7 +361,7 @@ def name_of(door):
 @pytest.mark.parametrize("door", ENCODER_DOORS, ids=name_of)
 @pytest.mark.parametrize("encoder", BAD_ENCODERS)
 def test_an_encoder_that_is_none(refused, tmp_path, monkeypatch, door, encoder):
-    monkeypatch.setattr("serve.triton_client.BACKOFF_S", 0.01)
+    monkeypatch.setattr("serve.triton_endpoints.BACKOFF_S", 0.01)
     words = [str(tmp_path / "out") if word == "OUT" else word for word in door]
     assert re.search(BAD_ENCODERS[encoder], refused(*words, "--encoder", encoder))
     assert tree(tmp_path) == []

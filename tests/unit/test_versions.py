@@ -31,7 +31,7 @@ def served(repository):
 
 
 def everywhere(versions):
-    return {role: versions for role in ROLES}
+    return dict.fromkeys(ROLES, versions)
 
 
 def whole(repository):
@@ -121,7 +121,7 @@ def test_another_number_of_classes_cannot_stand_beside_the_old(tmp_path):
 
 
 def test_a_repository_of_the_old_layout_is_taken_on_from(tmp_path):
-    graph, manifest = write_toy_encoder(tmp_path / "repo/toy_encoder/1")
+    _, manifest = write_toy_encoder(tmp_path / "repo/toy_encoder/1")
     policy = "version_policy { latest { num_versions: 1 } }"
     (tmp_path / "repo/toy_encoder/config.pbtxt").write_text(f'name: "toy_encoder" max_batch_size: 32 {policy}')
     assert served_version(tmp_path / "repo/toy_encoder") == 1
