@@ -19,7 +19,7 @@ from serve.preprocess import load_image
 from train.encoder import UnitEncoder
 
 BATCH_SIZES = (1, 2, 7, MAX_BATCH)
-TOLERANCES = {"fp32": (1e-5, 0.99999), "fp16": (0.02, 0.999), "int8": (0.2, 0.98)}
+TOLERANCES = {"fp32": (1e-5, 0.99999), "fp16": (0.02, 0.999), "int8": (0.15, 0.99)}
 """Precision -> largest difference of a unit vector's entry, smallest cosine. fp16 and int8 have floors of recall as well
 (export/precision.py); these catch a conversion that went wrong."""
 ROW_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 1e-2}

@@ -36,6 +36,7 @@ def publish(
     name: str,
     head: Head | None,
     target: Target,
+    tensorrt: bool = False,
     precision: Precision = "fp32",
     images: str | None = None,
     accept_loss: bool = False,

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 import serve.preprocess
+from export import accelerators
 from export.versions import change_over, next_version, obsolete
 from serve.classify import Head
 from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest
@@ -32,6 +33,8 @@ from serve.versions import CONFIG_NAME
 
 Target: TypeAlias = Literal["gpu", "cpu"]
 MAX_BATCH = 32
+USUAL_BATCH = 8
+"""Between one client's single picture and a full batch; TensorRT is tuned for it."""
 LABELS_NAME = "labels.txt"
 KEPT_VERSIONS = 3
 OPSET, IR_VERSION = 18, 8
@@ -50,11 +53,13 @@ def write_repository(
     manifest: Manifest,
     head: Head | None,
     target: Target,
+    tensorrt: bool = False,
     changed: Callable[[list[str]], None] = lambda _: None,
 ) -> list[str]:
     """Publish the next version of one encoder's models; models of other names stay, and so do the two versions before it.
 
-    Args: graph, a finished model.onnx that carries `manifest`; head, None to serve no classes; changed, told of the models that
+    Args: graph, a finished model.onnx that carries `manifest`; head, None to serve no classes; tensorrt, run the encoder with it
+    (target gpu); changed, told of the models that
     a running server must load anew, in the order of `export.versions.change_over`.
     Returns: the names of the models. Raises: EncoderMismatch if the head belongs to another encoder.
     """
@@ -62,6 +67,8 @@ def write_repository(
         head.require(manifest.encoder_id)
     number = next_version(repository, manifest.name)
     configs = model_configs(manifest, head, target, number)
+    if tensorrt:
+        _with_tensorrt(configs[f"{manifest.name}_encoder"], manifest)
     repository.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
         with atomic_folder(repository / name / str(number), workshop=_workshop(repository)) as folder:
@@ -154,6 +161,13 @@ def _encoder_config(manifest: Manifest, target: Target) -> Any:  # noqa: ANN401
         model_warmup=_warmup(image.name, _DTYPES[image.dtype], image.shape),
         parameters=_parameters(**identity, **_threads(target, os.cpu_count() or 1)),
     )
+
+
+def _with_tensorrt(config: Any, manifest: Manifest) -> None:  # noqa: ANN401
+    """Let TensorRT run the encoder; every batch size of its profile is warmed up before the model counts as ready."""
+    config.optimization.CopyFrom(accelerators.tensorrt(manifest, usual_batch=USUAL_BATCH, max_batch=MAX_BATCH))
+    config.model_warmup.add().CopyFrom(config.model_warmup[0])
+    config.model_warmup[-1].name, config.model_warmup[-1].batch_size = f"batch_{USUAL_BATCH}", USUAL_BATCH
 
 
 def _head_config(manifest: Manifest, head: Head, target: Target, version: int) -> Any:  # noqa: ANN401
