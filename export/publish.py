@@ -45,7 +45,7 @@ def publish(
 ) -> tuple[Manifest, list[str]]:
     """Export a run into a Triton model repository; returns the manifest and the names of the models.
 
-    Args: images, pictures that calibrate int8 and measure what fp16 and int8 cost a search; default, those of the training;
+    Args: tensorrt, run the encoder with it (target gpu); images, pictures that calibrate int8 and measure what fp16 and int8 cost a search; default, those of the training;
     accept_loss, publish below the floor of recall too; pictures, encoded, added to the golden images of the parity check;
     changed, as in `write_repository`.
     Raises: ContractError, SourceError, EncoderMismatch for a foreign head, ExportError beyond tolerance or below the floor.
@@ -74,7 +74,9 @@ def publish(
         check_graph(graph, manifest)
         if head is not None:
             head = replace(head, encoder_id=manifest.encoder_id)
-        return manifest, write_repository(repository, graph=graph, manifest=manifest, head=head, target=target, changed=changed)
+        return manifest, write_repository(
+            repository, graph=graph, manifest=manifest, head=head, target=target, tensorrt=tensorrt, changed=changed
+        )
 
 
 def report_lines(manifest: Manifest) -> list[str]:

@@ -58,9 +58,9 @@ def write_repository(
 ) -> list[str]:
     """Publish the next version of one encoder's models; models of other names stay, and so do the two versions before it.
 
-    Args: graph, a finished model.onnx that carries `manifest`; head, None to serve no classes; tensorrt, run the encoder with it
-    (target gpu); changed, told of the models that
-    a running server must load anew, in the order of `export.versions.change_over`.
+    Args: graph, a finished model.onnx that carries `manifest`; head, None to serve no classes; tensorrt, run the encoder with
+    it (target gpu); changed, told of the models that a running server must load anew, in the order of
+    `export.versions.change_over`.
     Returns: the names of the models. Raises: EncoderMismatch if the head belongs to another encoder.
     """
     if head is not None:
