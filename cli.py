@@ -270,16 +270,18 @@ class Export:
             raise SimclrError(f"--server is {self.server!r}, wanted http://host:8000 of a Triton server")
 
     def __call__(self) -> None:
-        from export.publish import publish, report_lines
-        from export.versions import roll_back
-        from serve.classify import Head
         from serve.model_control import changed_on
 
         changed = changed_on(self.server)
         if self.run is None:
+            from export.versions import roll_back
+
             version = roll_back(self.repository, self.name, changed)
             print(f"{self.repository}: {self.name} serves version {version} again")
             return
+        from export.publish import publish, report_lines
+        from serve.classify import Head
+
         options = {name: getattr(self, name) for name in ("name", "target", "tensorrt", "precision", "images", "accept_loss")}
         head = Head.load(self.head) if self.head else None
         manifest, models = publish(self.run, self.repository, head=head, changed=changed, **options)

@@ -45,9 +45,9 @@ def publish(
 ) -> tuple[Manifest, list[str]]:
     """Export a run into a Triton model repository; returns the manifest and the names of the models.
 
-    Args: tensorrt, run the encoder with it (target gpu); images, pictures that calibrate int8 and measure what fp16 and int8 cost a search; default, those of the training;
-    accept_loss, publish below the floor of recall too; pictures, encoded, added to the golden images of the parity check;
-    changed, as in `write_repository`.
+    Args: tensorrt and changed, as in `write_repository`; images, pictures that calibrate int8 and measure what fp16 and int8
+    cost a search, default those of the training; accept_loss, publish below the floor of recall too; pictures, encoded, added
+    to the golden images of the parity check.
     Raises: ContractError, SourceError, EncoderMismatch for a foreign head, ExportError beyond tolerance or below the floor.
     """
     encoder, trained = load_encoder(run)

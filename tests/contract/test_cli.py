@@ -24,6 +24,7 @@ from export.repository import write_repository
 from serve.classify import Head
 from serve.encoder import open_encoder
 from serve.gallery import Gallery
+from serve.ports import free_port
 from serve.sources import open_source
 from tests.toy_encoder import toy_head, write_toy_encoder
 
@@ -378,6 +379,38 @@ def test_a_name_that_is_no_name_for_a_model(refused, tmp_path, name):
     got = refused("export", "--run", "unfinished", "--repository", tmp_path / "repository", f"--name={name}", code=2)
     assert "--name" in got
     assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ((), "--run RUN .* or --rollback"),
+        (("--run", "unfinished", "--rollback"), "--run RUN .* or --rollback"),
+        (("--run", "unfinished", "--accept-loss"), "belong to --precision fp16 or int8"),
+        (("--run", "unfinished", "--images", "one"), "belong to --precision fp16 or int8"),
+        (("--run", "unfinished", "--tensorrt", "--target", "cpu"), "--tensorrt needs a GPU"),
+        (("--rollback", "--server", "grpc://127.0.0.1:8001"), "wanted http://host:8000"),
+    ],
+)
+def test_export_options_that_do_not_go_together(refused, tmp_path, words, wanted):
+    assert re.search(wanted, refused("export", "--repository", tmp_path / "repository", *words, code=2))
+    assert tree(tmp_path) == []
+
+
+def test_back_to_the_version_before_or_a_reason_why_not(simclr, refused, tmp_path):
+    for seed in (0, 1):
+        graph, manifest = write_toy_encoder(tmp_path / f"source{seed}", seed=seed)
+        write_repository(tmp_path / "repo", graph=graph, manifest=manifest, head=None, target="cpu")
+    words = ("export", "--repository", tmp_path / "repo", "--name", "toy", "--rollback")
+    assert simclr(*words) == (0, f"{tmp_path / 'repo'}: toy serves version 1 again\n", "")
+    assert "no earlier one" in refused(*words)
+    nobody = f"http://127.0.0.1:{free_port()}"
+    assert "wanted http://host:8000 of a Triton server" in refused(*words, "--server", nobody)
+
+
+def test_going_back_needs_no_torch(tmp_path):
+    done = process("export", "--repository", str(tmp_path), "--rollback", before=NO_TORCH)
+    assert "holds no encoder simclr" in one_line(done.stderr)
 
 
 MISMATCHED = [
