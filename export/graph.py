@@ -14,7 +14,7 @@ import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import nn
 
-from serve.contract import METADATA_KEY, Manifest, TensorSpec
+from serve.contract import METADATA_KEY, Manifest
 from serve.errors import ExportError
 from train.encoder import UnitEncoder
 
@@ -77,12 +77,19 @@ def check_graph(path: Path, manifest: Manifest) -> None:
     if path.stat().st_size > MAX_BYTES:
         raise ExportError(f"{path}: {_too_large(path.stat().st_size)}; export a narrower network")
     try:
-        onnx.checker.check_model(path, full_check=True)
         model = onnx.load(path, load_external_data=False)
+        _require_one_file(path, model)
+        onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
         raise ExportError(f"{path}: not a valid ONNX graph ({reason(error)})") from error
-    for fault in (*_version_faults(model), *_storage_faults(model), *_tensor_faults(model, manifest)):
+    for fault in (*_version_faults(model), *_tensor_faults(model, manifest)):
         raise ExportError(f"{path}: {fault}")
+
+
+def _require_one_file(path: Path, model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise ExportError(f"{path}: {tensor.name} lies in another file; wanted one file, which can be renamed and copied")
 
 
 def _version_faults(model: onnx.ModelProto) -> Iterator[str]:
@@ -96,36 +103,22 @@ def _version_faults(model: onnx.ModelProto) -> Iterator[str]:
         yield f"uses the operators of {', '.join(sorted(opsets))}; wanted ONNX's own alone, which every runtime has"
 
 
-def _storage_faults(model: onnx.ModelProto) -> Iterator[str]:
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            yield f"{tensor.name} lies in another file; wanted one file, which can be renamed and copied"
-
-
 def _tensor_faults(model: onnx.ModelProto, manifest: Manifest) -> Iterator[str]:
     values = (*model.graph.input, *model.graph.output)
     if (len(model.graph.input), len(model.graph.output)) != (1, 1):
         yield f"inputs and outputs are {', '.join(value.name for value in values)}; wanted one of each"
         return
-    wanted = (manifest.input, manifest.output)
-    for value, spec in zip(values, wanted, strict=True):
-        if fault := _tensor_fault(value, spec):
-            yield fault
-    batches = [value.type.tensor_type.shape.dim[0].dim_param for value in values if value.type.tensor_type.shape.dim]
+    for value, spec in zip(values, (manifest.input, manifest.output), strict=True):
+        tensor = value.type.tensor_type
+        shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+        kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        free = bool(shape) and isinstance(shape[0], str)
+        if (value.name, kind, *shape[1:]) != (spec.name, spec.dtype, *spec.shape) or not free:
+            wanted = f"{spec.name} {spec.dtype} {['batch', *spec.shape]}"
+            yield f"has {value.name} {kind} {shape}, wanted {wanted}"
+    batches = [dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim[:1]]
     if len(set(batches)) > 1:
         yield f"the batch is {batches[0]} at the input and {batches[1]} at the output; wanted the same"
-
-
-def _tensor_fault(value: onnx.ValueInfoProto, wanted: TensorSpec) -> str | None:
-    tensor = value.type.tensor_type
-    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-    free = bool(shape) and isinstance(shape[0], str)
-    if value.name != wanted.name or not free or tuple(shape[1:]) != wanted.shape:
-        return f"{value.name} has shape {shape}, wanted {wanted.name} with ['batch', {', '.join(map(str, wanted.shape))}]"
-    if tensor.elem_type != _ELEMENT_TYPES[wanted.dtype]:
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-        return f"{value.name} is {kind}, wanted {wanted.dtype}"
-    return None
 
 
 def _too_large(size_bytes: int) -> str:

@@ -22,7 +22,7 @@ def test_in_a_batch_of_good_ones_each_gets_its_own_answer(toy_encoder, monkeypat
     answers = embed_each(toy_encoder, batch)
     grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     wanted = toy_encoder.embed([good(number) for number in range(len(bad) + len(unusual) + 1)])
-    np.testing.assert_array_equal(answers[::2], wanted)
+    np.testing.assert_allclose(answers[::2], wanted, rtol=0, atol=1e-6)  # a row's last bit depends on its place in the batch
     for name, answer in zip([*bad, *unusual], answers[1::2], strict=True):
         if name in bad:
             assert isinstance(answer, ImageError), name
