@@ -68,10 +68,11 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def measure(run: Path, images: Path, models: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from export.publish import publish
+    from train.checkpoint import load_encoder
 
     for precision in ("fp32", "int8"):
         options = {"precision": precision, "images": str(images), "accept_loss": True}
-        publish(run, models / precision, name="bench", head=None, target="cpu", **options)
+        publish(*load_encoder(run), models / precision, name="bench", head=None, target="cpu", **options)
     rates: dict[str, list[float]] = {side: [] for side in arguments.sides}
     vectors: dict[str, np.ndarray] = {}
     for _ in range(arguments.repeats):

@@ -27,14 +27,15 @@ from serve.classify import Head
 from serve.encoder import Encoder, open_encoder
 from serve.errors import SimclrError, TritonStartError
 from serve.files import atomic_path
-from serve.gallery import MANIFEST_COPY_NAME, Gallery
+from serve.gallery import Gallery
+from serve.gallery_folder import MANIFEST_COPY_NAME
 from serve.ports import HOST
 from serve.preprocess import ImageError, decode
 from serve.signals import stopped_by_sigterm
 from serve.sources import ImageSet, Sample, open_source, read_batches, read_bytes
 from serve.triton_client import TritonEncoder
 from serve.triton_server import TritonServer
-from train.checkpoint import CARD, CHECKPOINT, CONFIG, METRICS
+from train.checkpoint import CARD, CHECKPOINT, CONFIG, METRICS, load_encoder
 from train.config import PretrainConfig
 from train.data import preprocess_for
 from train.demo_data import draw_demo_set
@@ -78,7 +79,8 @@ def run_demo(*, images: str | None, out: Path, minutes: float, app: bool, port: 
     repository = out / "model_repository"
     golden = [read_bytes(sample.source) for sample in pictures.everything[:PARITY_PICTURES]]
     target: Target = "gpu" if torch.cuda.is_available() else "cpu"
-    manifest, models = publish(run, repository, name=NAME, head=head, target=target, pictures=_readable(golden))
+    options: dict[str, Any] = {"name": NAME, "head": head, "target": target, "pictures": _readable(golden)}
+    manifest, models = publish(*load_encoder(run), repository, **options)
     report["export"] = {"encoder_id": manifest.encoder_id, "models": models, **manifest.model_dump()["parity"]}
 
     _step(6, "Serve it with Triton")

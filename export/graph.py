@@ -22,7 +22,6 @@ OPSET, MAX_OPSET, MAX_IR_VERSION = 18, 20, 10
 """What every Triton since 24.10 loads (its ONNX Runtime 1.19 reads IR 10 and opset 21)."""
 MAX_BYTES = 2**31 - 1
 """What protobuf puts into one message, and so into one file."""
-_ELEMENT_TYPES = {"uint8": onnx.TensorProto.UINT8, "float32": onnx.TensorProto.FLOAT}
 
 
 def write_graph(encoder: nn.Module, manifest: Manifest, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""RUN -> graph -> parity -> precision -> model repository. Nothing is published unless every step before it held."""
+"""Encoder -> graph -> parity -> precision -> model repository. Nothing is published unless every step before it held."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from torch import nn
 
 from export.graph import check_graph, stamp, write_graph
 from export.parity import measure_parity
@@ -23,44 +24,47 @@ from serve.classify import Head
 from serve.contract import Manifest, Retrieval
 from serve.errors import ExportError
 from serve.sources import open_source, read_batches
-from train.checkpoint import CONFIG, load_encoder
+from train.checkpoint import CONFIG
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 CALIBRATE_MOST, MEASURE_MOST, PARITY_MOST = 256, 2000, 32
 
 
 def publish(
-    run: Path,
+    encoder: nn.Module,
+    manifest: Manifest,
     repository: Path,
     *,
     name: str,
     head: Head | None,
     target: Target,
     tensorrt: bool = False,
+    dali: bool = False,
     precision: Precision = "fp32",
     images: str | None = None,
     accept_loss: bool = False,
     pictures: Sequence[bytes] = (),
     changed: Callable[[list[str]], None] = lambda _: None,
 ) -> tuple[Manifest, list[str]]:
-    """Export a run into a Triton model repository; returns the manifest and the names of the models.
+    """Export an encoder into a Triton model repository; returns the manifest and the names of the models.
 
-    Args: tensorrt and changed, as in `write_repository`; images, pictures that calibrate int8 and measure what fp16 and int8
-    cost a search, default those of the training; accept_loss, publish below the floor of recall too; pictures, encoded, added
-    to the golden images of the parity check.
-    Raises: ContractError, SourceError, EncoderMismatch for a foreign head, ExportError beyond tolerance or below the floor.
+    Args: encoder and manifest, as `load_encoder` and `load_module` give them; tensorrt, dali and changed, as in
+    `write_repository`; images, pictures that calibrate int8 and measure what fp16 and int8 cost a search, which need them;
+    accept_loss, publish below the floor of recall too; pictures, encoded, added to the golden images of the parity check.
+    Raises: SourceError, EncoderMismatch for a foreign head, ExportError beyond tolerance or below the floor.
     """
-    encoder, trained = load_encoder(run)
+    if precision != "fp32" and images is None:
+        raise ValueError(f"precision is {precision}, images is None; wanted pictures to measure it on")
     if head is not None:
-        head.require(trained.encoder_id)
-    manifest = trained.model_copy(update={"name": name})
+        head.require(manifest.encoder_id)
+    manifest = manifest.model_copy(update={"name": name})
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "fp32.onnx"
         write_graph(encoder, manifest, graph)
         manifest = manifest.model_copy(update={"parity": measure_parity(encoder, graph, manifest, pictures)})
         if precision != "fp32":
-            source = images or _images_of(run)
-            calibration, measured, labels = _pixels(source, manifest)
+            assert images is not None
+            calibration, measured, labels = _pixels(images, manifest)
             reference, graph = graph, graph.with_name(f"{precision}.onnx")
             manifest = _converted(reference, graph, manifest, precision, target, calibration)
             familiar = calibration[:PARITY_MOST] if precision == "int8" else None
@@ -75,7 +79,7 @@ def publish(
         if head is not None:
             head = replace(head, encoder_id=manifest.encoder_id)
         return manifest, write_repository(
-            repository, graph=graph, manifest=manifest, head=head, target=target, tensorrt=tensorrt, changed=changed
+            repository, graph=graph, manifest=manifest, head=head, target=target, tensorrt=tensorrt, dali=dali, changed=changed
         )
 
 
@@ -137,8 +141,8 @@ def _as_precision(manifest: Manifest, precision: Precision, training: dict[str, 
     return Manifest.create(**fields)
 
 
-def _images_of(run: Path) -> str:
-    """Where the run's training pictures are. Raises: ExportError."""
+def training_images(run: Path) -> str:
+    """Where a run's training pictures are. Raises: ExportError."""
     try:
         source = json.loads((run / CONFIG).read_text(encoding="utf-8"))["images"]
     except (OSError, ValueError, KeyError) as error:

@@ -6,6 +6,8 @@ NAME_head         embedding -> probabilities          onnxruntime, only with a h
 NAME_embed        bytes -> embedding                  ensemble
 NAME_classify     bytes -> embedding, probabilities   ensemble, only with a head
 
+NAME_preprocess_dali and NAME_embed_dali, if asked for, do as their namesakes do with a GPU that decodes.
+
 Every config.pbtxt is complete (servers run with auto-complete off) and printed from Triton's own protobuf message.
 Dynamic batching has no queue policy: with one instance that stalled 1-4 % of requests for 500 ms; the gateway sheds load.
 """
@@ -54,19 +56,20 @@ def write_repository(
     head: Head | None,
     target: Target,
     tensorrt: bool = False,
+    dali: bool = False,
     changed: Callable[[list[str]], None] = lambda _: None,
 ) -> list[str]:
     """Publish the next version of one encoder's models; models of other names stay, and so do the two versions before it.
 
     Args: graph, a finished model.onnx that carries `manifest`; head, None to serve no classes; tensorrt, run the encoder with
-    it (target gpu); changed, told of the models that a running server must load anew, in the order of
-    `export.versions.change_over`.
+    it (target gpu); dali, let a GPU decode pictures, besides; changed, told of the models that a running server must load
+    anew, in the order of `export.versions.change_over`.
     Returns: the names of the models. Raises: EncoderMismatch if the head belongs to another encoder.
     """
     if head is not None:
         head.require(manifest.encoder_id)
     number = next_version(repository, manifest.name)
-    configs = model_configs(manifest, head, target, number)
+    configs = model_configs(manifest, head, target, number, dali=dali)
     if tensorrt:
         _with_tensorrt(configs[f"{manifest.name}_encoder"], manifest)
     repository.mkdir(parents=True, exist_ok=True)
@@ -76,24 +79,24 @@ def write_repository(
             _fill(folder, name.removeprefix(f"{manifest.name}_"), graph=graph, manifest=manifest, head=head)
     for models in change_over(repository, manifest.name, number):
         changed(models)
-    for role in ("classify", "head"):  # the ensemble goes before the model it needs
-        if f"{manifest.name}_{role}" not in configs:
-            shutil.rmtree(repository / f"{manifest.name}_{role}", ignore_errors=True)
     for name in configs:
         for folder in obsolete(repository / name, KEPT_VERSIONS):
             shutil.rmtree(folder, ignore_errors=True)
     return list(configs)
 
 
-def model_configs(manifest: Manifest, head: Head | None, target: Target, version: int) -> dict[str, Any]:
+def model_configs(manifest: Manifest, head: Head | None, target: Target, version: int, *, dali: bool = False) -> dict[str, Any]:
     """Model name -> its ModelConfig message, each before the ensembles that use it."""
-    name = manifest.name
-    configs = [_preprocess_config(manifest), _encoder_config(manifest, target)]
+    name, preprocess = manifest.name, _preprocess_config(manifest)
+    configs = [preprocess, _encoder_config(manifest, target)]
     if head is not None:
         configs.append(_head_config(manifest, head, target, version))
-    configs.append(_ensemble_config(f"{name}_embed", manifest, None, version))
+    configs.append(_ensemble_config(f"{name}_embed", preprocess, manifest, None, version))
     if head is not None:
-        configs.append(_ensemble_config(f"{name}_classify", manifest, head, version))
+        configs.append(_ensemble_config(f"{name}_classify", preprocess, manifest, head, version))
+    if dali:
+        configs.append(_dali_config(manifest))
+        configs.append(_ensemble_config(f"{name}_embed_dali", configs[-1], manifest, None, version))
     for config in configs:
         config.version_policy.specific.versions.append(version)
     return {config.name: config for config in configs}
@@ -127,6 +130,9 @@ def _fill(version: Path, role: str, *, graph: Path, manifest: Manifest, head: He
     if role == "preprocess":
         shutil.copyfile(Path(__file__).with_name("triton_preprocess.py"), version / "model.py")
         shutil.copyfile(str(serve.preprocess.__file__), version / "preprocess.py")
+    elif role == "preprocess_dali":
+        shutil.copyfile(Path(__file__).with_name("dali_preprocess.py"), version / "dali.py")
+        (version / "preprocess.json").write_text(manifest.preprocess.model_dump_json() + "\n", encoding="utf-8")
     elif role == "encoder":
         shutil.copyfile(graph, version / "model.onnx")
         (version / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -140,11 +146,25 @@ def _preprocess_config(manifest: Manifest) -> Any:  # noqa: ANN401  # protobuf m
     return _config(
         f"{manifest.name}_preprocess",
         backend="python",
-        input=[_bytes_input()],
+        input=[pb.ModelInput(name="bytes", data_type=pb.TYPE_STRING, dims=[1])],
         output=[pb.ModelOutput(name="image", data_type=pb.TYPE_UINT8, dims=manifest.input.shape)],
         dynamic_batching=pb.ModelDynamicBatching(),
         instance_group=[pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)],
         parameters=_parameters(preprocess=manifest.preprocess.model_dump_json()),
+    )
+
+
+def _dali_config(manifest: Manifest) -> Any:  # noqa: ANN401
+    """DALI's backend knows no BYTES: a picture is as many UINT8 as it has bytes, those of one request are padded with zeros.
+
+    No dynamic batching: a picture that DALI cannot read fails its whole batch, which must not be other clients' requests.
+    """
+    return _config(
+        f"{manifest.name}_preprocess_dali",
+        backend="dali",
+        input=[pb.ModelInput(name="bytes", data_type=pb.TYPE_UINT8, dims=[-1])],
+        output=[pb.ModelOutput(name="image", data_type=pb.TYPE_UINT8, dims=manifest.input.shape)],
+        instance_group=[pb.ModelInstanceGroup(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)],
     )
 
 
@@ -183,14 +203,14 @@ def _head_config(manifest: Manifest, head: Head, target: Target, version: int) -
     )
 
 
-def _ensemble_config(name: str, manifest: Manifest, head: Head | None, version: int) -> Any:  # noqa: ANN401
-    """preprocess -> encoder, and -> head where there is one."""
+def _ensemble_config(name: str, preprocess: Any, manifest: Manifest, head: Head | None, version: int) -> Any:  # noqa: ANN401
+    """preprocess -> encoder, and -> head where there is one; with the input of `preprocess`, a configuration."""
     step = pb.ModelEnsembling.Step
     vector = "embedding" if head is None else "vector"
     prefix = manifest.name
     steps = [
         step(
-            model_name=f"{prefix}_preprocess",
+            model_name=preprocess.name,
             model_version=version,
             input_map={"bytes": "bytes"},
             output_map={"image": "image"},
@@ -210,7 +230,7 @@ def _ensemble_config(name: str, manifest: Manifest, head: Head | None, version: 
     return _config(
         name,
         platform="ensemble",
-        input=[_bytes_input()],
+        input=preprocess.input,
         output=outputs,
         ensemble_scheduling=pb.ModelEnsembling(step=steps),
         parameters=_parameters(encoder_id=manifest.encoder_id),
@@ -219,10 +239,6 @@ def _ensemble_config(name: str, manifest: Manifest, head: Head | None, version: 
 
 def _config(name: str, **fields: Any) -> Any:  # noqa: ANN401
     return pb.ModelConfig(name=name, max_batch_size=MAX_BATCH, **fields)
-
-
-def _bytes_input() -> Any:  # noqa: ANN401
-    return pb.ModelInput(name="bytes", data_type=pb.TYPE_STRING, dims=[1])
 
 
 def _vector(name: str, manifest: Manifest) -> Any:  # noqa: ANN401

@@ -7,6 +7,7 @@ leaves a repository that serves the old publication or the new one, whole.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from serve.errors import ContractError
 from serve.files import atomic_path
 from serve.versions import CONFIG_NAME, read_config, served_version, versions
 
-STEPS, ENSEMBLES = ("preprocess", "encoder", "head"), ("embed", "classify")
+STEPS, ENSEMBLES = ("preprocess", "preprocess_dali", "encoder", "head"), ("embed", "embed_dali", "classify")
 
 
 def next_version(repository: Path, name: str) -> int:
@@ -29,6 +30,7 @@ def change_over(repository: Path, name: str, version: int) -> Iterator[list[str]
     """Put the publication `version` into service; after each yield, the models that a running server must load anew.
 
     1. what the ensembles are made of: old and new side by side; 2. the ensembles; 3. what they are made of: new alone.
+    Models that `version` lacks, such as a head, go at the end: no server starts with an ensemble whose steps are gone.
     """
     folders = {role: repository / f"{name}_{role}" for role in STEPS + ENSEMBLES}
     new = {role: read_config(folder / str(version) / CONFIG_NAME) for role, folder in folders.items() if _has(folder, version)}
@@ -46,6 +48,9 @@ def change_over(repository: Path, name: str, version: int) -> Iterator[list[str]
     for role in set(STEPS) & new.keys():
         _write(folders[role], new[role], [version])
     yield [f"{name}_{role}" for role in STEPS if role in new]
+    for role in ENSEMBLES + STEPS:  # ensembles go before the models they need
+        if role not in new:
+            shutil.rmtree(folders[role], ignore_errors=True)
 
 
 def former_version(repository: Path, name: str) -> int:
@@ -61,7 +66,10 @@ def former_version(repository: Path, name: str) -> int:
 
 
 def roll_back(repository: Path, name: str, changed: Callable[[list[str]], None] = lambda _: None) -> int:
-    """Serve the publication before; returns its version. The newer one stays. Raises: ContractError if there is none before."""
+    """Serve the publication before; returns its version. The newer one stays, but for models that the former one lacks.
+
+    Raises: ContractError if there is none before.
+    """
     version = former_version(repository, name)
     for models in change_over(repository, name, version):
         changed(models)

@@ -70,7 +70,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def repository(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "models"
-    publish(run, folder, name="first", head=None, target="cpu", pictures=encoded())
+    publish(*load_encoder(run), folder, name="first", head=None, target="cpu", pictures=encoded())
     return folder
 
 
@@ -329,7 +329,7 @@ def test_nothing_is_published_if_parity_fails(
 
     monkeypatch.setattr(module, "write_graph", broken_graph)
     with pytest.raises(ExportError, match="nothing was published"):
-        publish(run, models, name="first", head=None, target="cpu")
+        publish(*load_encoder(run), models, name="first", head=None, target="cpu")
     assert contents(tmp_path) == before
     assert models.exists() == present
 
@@ -348,7 +348,7 @@ def test_a_head_of_another_encoder_is_refused_before_anything_is_done(
     monkeypatch.setattr(module, "write_graph", never)
     encoder = open_run(run)
     with pytest.raises(EncoderMismatch, match=f"0123456789abcdef.*{encoder.encoder_id}.*simclr fit-head"):
-        publish(run, tmp_path / "models", name="one", head=head_for("0123456789abcdef", 64), target="cpu")
+        publish(*load_encoder(run), tmp_path / "models", name="one", head=head_for("0123456789abcdef", 64), target="cpu")
     assert not (tmp_path / "models").exists()
 
 
@@ -356,8 +356,15 @@ def test_a_head_of_another_encoder_is_refused_before_anything_is_done(
 def test_a_head_of_the_run_is_published_with_it(run: Path, tmp_path: Path) -> None:
     encoder = open_run(run)
     head = head_for(encoder.encoder_id, encoder.manifest.embedding_dim)
-    _, models = publish(run, tmp_path / "models", name="one", head=head, target="cpu")
+    _, models = publish(*load_encoder(run), tmp_path / "models", name="one", head=head, target="cpu")
     assert {"one_head", "one_classify"} < set(models)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_asked_of_the_repository_reaches_it(run: Path, tmp_path: Path) -> None:
+    _, models = publish(*load_encoder(run), tmp_path / "models", name="one", head=None, target="gpu", tensorrt=True, dali=True)
+    assert {"one_preprocess_dali", "one_embed_dali"} < set(models)
+    assert 'name: "tensorrt"' in (tmp_path / "models/one_encoder/config.pbtxt").read_text()
 
 
 def ids(encoders: Sequence[TorchEncoder | OnnxEncoder]) -> list[str]:
@@ -366,7 +373,7 @@ def ids(encoders: Sequence[TorchEncoder | OnnxEncoder]) -> list[str]:
 
 @pytest.mark.usefixtures("quick")
 def test_a_run_and_its_export_are_the_same_encoder_whatever_its_name(run: Path, repository: Path, tmp_path: Path) -> None:
-    manifest, _ = publish(run, tmp_path / "models", name="second", head=None, target="gpu")
+    manifest, _ = publish(*load_encoder(run), tmp_path / "models", name="second", head=None, target="gpu")
     exported = [OnnxEncoder(find_graph(folder)) for folder in (repository, tmp_path / "models")]
     assert len({open_run(run).encoder_id, manifest.encoder_id, *ids(exported)}) == 1
     assert [encoder.manifest.name for encoder in exported] == ["first", "second"]

@@ -13,7 +13,7 @@ from export import precision as module
 from export.graph import write_graph
 from export.parity import measure_parity
 from export.precision import FOR_CPU, FOR_TENSORRT, Int8, features, sweep, to_fp16, to_int8
-from export.publish import _pixels, graph_digest, publish, report_lines
+from export.publish import _pixels, graph_digest, publish, report_lines, training_images
 from export.retrieval import embed
 from serve.classify import Head
 from serve.contract import METADATA_KEY, Manifest, Preprocess
@@ -153,8 +153,8 @@ def test_publishing_int8_says_what_it_costs(run, tmp_path, monkeypatch):
     trained = load_encoder(run)[1]
     weight = np.random.default_rng(0).normal(size=(2, trained.embedding_dim)).astype(np.float32)
     head = Head(weight=weight, bias=np.zeros(2, np.float32), classes=("a", "b"), encoder_id=trained.encoder_id)
-    options = {"name": "x", "target": "cpu", "precision": "int8", "accept_loss": True}
-    manifest, models = publish(run, tmp_path / "models", head=head, **options)
+    options = {"name": "x", "target": "cpu", "precision": "int8", "images": training_images(run), "accept_loss": True}
+    manifest, models = publish(*load_encoder(run), tmp_path / "models", head=head, **options)
     found = manifest.retrieval
     assert manifest.encoder_id != trained.encoder_id, "its vectors differ: another encoder"
     assert "x_classify" in models
@@ -170,11 +170,11 @@ def test_publishing_int8_says_what_it_costs(run, tmp_path, monkeypatch):
 
 def test_below_the_floor_nothing_is_published_unless_agreed(run, tmp_path, monkeypatch):
     monkeypatch.setattr("export.publish.FLOORS", {"fp16": 1.01})
-    options = {"name": "x", "head": None, "target": "cpu", "precision": "fp16"}
+    options = {"name": "x", "head": None, "target": "cpu", "precision": "fp16", "images": training_images(run)}
     with pytest.raises(ExportError, match=r"fp16 finds .*% of float32's ten nearest, wanted 101%.*--accept-loss"):
-        publish(run, tmp_path / "models", **options)
+        publish(*load_encoder(run), tmp_path / "models", **options)
     assert not (tmp_path / "models").exists()
-    assert publish(run, tmp_path / "models", accept_loss=True, **options)[0].precision == "fp16"
+    assert publish(*load_encoder(run), tmp_path / "models", accept_loss=True, **options)[0].precision == "fp16"
 
 
 def test_pictures_are_needed(run, tmp_path):
@@ -190,7 +190,9 @@ def test_pictures_are_needed(run, tmp_path):
         if file.name != "config.json":
             (lonely / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ExportError, match=r"does not say which pictures it was trained on.*--images"):
-        publish(lonely, tmp_path / "models", name="x", head=None, target="cpu", precision="int8")
+        training_images(lonely)
+    with pytest.raises(ValueError, match="images is None; wanted pictures"):
+        publish(*load_encoder(run), tmp_path / "models", name="x", head=None, target="cpu", precision="int8")
 
 
 def test_the_digest_is_of_what_is_computed(exported, tmp_path):

@@ -68,6 +68,14 @@ def test_back_and_forth(tmp_path):
     assert roll_back(repository, "toy") == 2
 
 
+def test_back_to_a_publication_without_a_head(tmp_path):
+    """A server would not start with an ensemble whose steps are not served."""
+    publish(tmp_path, 0, head=False)
+    publish(tmp_path, 1)
+    assert roll_back(tmp_path / "repo", "toy") == 1
+    assert {path.name for path in (tmp_path / "repo").iterdir()} == {"toy_preprocess", "toy_encoder", "toy_embed"}
+
+
 def test_three_publications_are_kept_and_the_served_one_in_any_case(tmp_path):
     for seed in range(5):
         publish(tmp_path, seed)
