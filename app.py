@@ -28,11 +28,12 @@ from serve.catalog import Item
 from serve.classify import Head
 from serve.encoder import Encoder
 from serve.errors import SimclrError, SourceError
-from serve.filters import Condition, Where, parse_where
-from serve.gallery import Gallery, Hit
+from serve.filters import FIELDS, And, Condition, Where, parse_where
+from serve.gallery import Gallery
 from serve.ports import busy_reason
 from serve.preprocess import ImageError, decode
 from serve.reid import RankedHit, rank
+from serve.search import Hit
 from serve.sources import JUNK_IDENTITY, MARKET_NAME, read_bytes
 
 THUMBNAIL_PX, EXAMPLES, MAX_HITS, MAX_CHOICES, TOP_CLASSES = 256, 8, 60, 1000, 5
@@ -40,6 +41,10 @@ NOBODY = (JUNK_IDENTITY, "0000")
 """Market-1501's codes for boxes that show nobody in particular: two that carry one are not the same person."""
 FILTER_FIELDS = ("label", "identity", "camera")
 SEARCH_HINT = "Drop a picture on the left, paste one, or click an example: the most similar pictures appear here."
+CONDITION_HINT = (
+    f"fields: {', '.join(FIELDS)}; compare with = != < <= > >=, in (a, b), between 1 and 2, is known, is unknown; "
+    "join with and, or, not, ( )"
+)
 REID_HINT = "Give a probe on the left, or click an example: the gallery appears here, ranked."
 REID_RULE = (
     "<b>✓ green</b> same identity, <b>✗ red</b> another one, <b>? grey</b> the identity of the probe or of the picture is "
@@ -149,7 +154,7 @@ def _itself(query: int | str) -> list[int]:
 
 def _where(expression: str | None, chosen: Iterable[Sequence[str]]) -> Where:
     ticked = [Condition(field, "in", tuple(values)) for field, values in zip(FILTER_FIELDS, chosen, strict=False) if values]
-    return Where((*ticked, *parse_where(expression or "").conditions))
+    return And((*ticked, parse_where(expression or "")))
 
 
 def _text(value: object) -> str:
@@ -280,7 +285,7 @@ def _search_tab(desk: Desk) -> None:
                 k = _count_slider()
                 ticked = [_choices(desk, field, multiselect=True) for field in FILTER_FIELDS]
                 expression = gr.Textbox(
-                    label="Condition", info="fields: label, identity, camera, source, time; joined by and", lines=1,
+                    label="Condition", info=CONDITION_HINT, lines=1,
                     placeholder="camera != 2 and time >= 100", submit_btn="Apply",
                 )  # fmt: skip
         with gr.Column(scale=3, min_width=300):

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.encoder import Picture
 from serve.errors import GalleryError, SourceError
-from serve.filters import Condition, Where, parse_where
-from serve.gallery import Gallery, Hit
+from serve.filters import And, Condition, Where, parse_where
+from serve.gallery import Gallery
 from serve.index import unit_vectors
 from serve.metrics import RankingReport, evaluate_rows
+from serve.pictures import Picture
+from serve.search import Hit
 from serve.sources import JUNK_IDENTITY, Sample
 
 _BLOCK_QUERIES, _BLOCK_GALLERY = 256, 8192
@@ -49,13 +50,13 @@ def rank(
         excluded += gallery.ids(_equal(identity=identity, camera=camera)).tolist()
     if other_cameras_only and camera is not None:
         wanted = where if isinstance(where, Where) else parse_where(where or "")
-        where = Where((*wanted.conditions, Condition("camera", "!=", (camera,))))
+        where = And((wanted, Condition("camera", "!=", (camera,))))
     hits = gallery.search(query, k, where, excluded)
     return [RankedHit(**vars(hit), match=_match(identity, hit.identity)) for hit in hits]
 
 
 def _equal(**values: str) -> Where:
-    return Where(tuple(Condition(field, "=", (value,)) for field, value in values.items()))
+    return And(tuple(Condition(field, "=", (value,)) for field, value in values.items()))
 
 
 def _match(probe: str | None, found: str | None) -> bool | None:
