@@ -11,10 +11,13 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder; synced and renamed to `path` on success, removed on any failure."""
+def atomic_path(path: Path, *, workshop: Path | None = None) -> Iterator[Path]:
+    """A temporary path in the same folder; synced and renamed to `path` on success, removed on any failure.
+
+    Args: workshop, another folder of the same file system to write in.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=workshop or path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:

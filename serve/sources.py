@@ -1,4 +1,4 @@
-"""Where pictures come from: a folder, a CSV, a .zip or .tar read in place, shards, a Market-1501 or CIFAR root.
+"""Where pictures come from: a folder, a CSV or Parquet list, a .zip or .tar read in place, shards, a Market-1501 or CIFAR root.
 
 One rule set reads all of them: the layout is recognised from the members' relative paths. A picture is named by its
 `source`, a path, `archive.zip!/member` or `batch.bin!/row`, which `read_bytes` opens again later (thumbnails, re-embedding).
@@ -41,6 +41,8 @@ _MEMBER = re.compile(r"(?<=\.zip|\.tar|\.bin)!/", re.IGNORECASE)  # a folder may
 _TRAIN_FOLDERS, _TEST_FOLDERS = ("train",), ("test", "val")
 _log = logging.getLogger(__name__)
 _Picture = TypeVar("_Picture")
+_WANTED = "a folder, .csv, .parquet, .zip or .tar"
+_LIST_COLUMNS = frozenset({"label", "identity", "camera", "time"})
 _SHARD_WORD = re.compile(r"[-_.]")
 
 
@@ -84,7 +86,7 @@ class Unreadable:
 
 
 def open_source(source: str | Path) -> ImageSet:
-    """List the pictures of a folder, CSV, .zip, .tar (or `archive!/folder`), or of shards such as `train-{000..127}.tar`.
+    """List the pictures of a folder, .csv, .parquet, .zip, .tar (or `archive!/folder`), or shards like `train-{000..127}.tar`.
 
     Raises: SourceError if there are none.
     """
@@ -206,14 +208,16 @@ def _open(text: str) -> ImageSet:
     location, inner = _split(text)
     path = Path(location).absolute()  # sources are kept in galleries, which outlive the working folder
     if not text or not path.exists():  # no text at all would be the working folder
-        raise SourceError(f"{location or 'no name given'}: no such file or folder; --images wants a folder, .csv, .zip or .tar")
+        raise SourceError(f"{location or 'no name given'}: no such file or folder; --images wants {_WANTED}")
     if path.is_dir():
         return _from_folder(path)
     if path.suffix.lower() == ".csv":
         return ImageSet(train=tuple(_csv_samples(path)))
+    if path.suffix.lower() == ".parquet":
+        return ImageSet(train=tuple(_parquet_samples(path)))
     if path.suffix.lower() in (".zip", ".tar"):
         return _from_archive(path, f"{inner.strip('/')}/" if inner else "")
-    raise SourceError(f"{text}: wanted a folder, .csv, .zip or .tar; pack or unpack it as one of these")
+    raise SourceError(f"{text}: wanted {_WANTED}; pack or unpack it as one of these")
 
 
 def _from_folder(path: Path) -> ImageSet:
@@ -354,15 +358,26 @@ def _csv_rows(path: Path) -> Iterator[Sample]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = set(reader.fieldnames or ())
-        known = {"path", "label", "identity", "camera", "time"}
-        if "path" not in columns or columns - known:
-            raise SourceError(f"{path}: columns are {sorted(columns)}, wanted path and any of {sorted(known - {'path'})}")
+        if "path" not in columns or columns - _LIST_COLUMNS - {"path"}:
+            raise SourceError(f"{path}: columns are {sorted(columns)}, wanted path and any of {sorted(_LIST_COLUMNS)}")
         for line, row in enumerate(reader, start=2):
-            try:
-                filled = {key: value for key, value in row.items() if value}
-                yield _sample(str(path.parent / filled.pop("path")), filled)
-            except (KeyError, ValueError, TypeError) as error:
-                raise SourceError(f"{path}, line {line}: {row} is not path[,label,identity,camera,time] ({error})") from error
+            yield _listed_sample(path, f"line {line}", row)
+
+
+def _parquet_samples(path: Path) -> Iterator[Sample]:
+    from serve.parquet_list import listed_rows  # brings pyarrow, which those who only train do not need
+
+    for number, row in enumerate(listed_rows(path, _LIST_COLUMNS)):
+        yield _listed_sample(path, f"row {number}", row)
+
+
+def _listed_sample(path: Path, place: str, row: Mapping[str, str]) -> Sample:
+    """What one row of a list says of a picture, whose path counts from the list's folder. Empty is not known."""
+    try:
+        filled = {key: value for key, value in row.items() if value}
+        return _sample(str(path.parent / filled.pop("path")), filled)
+    except (KeyError, ValueError, TypeError) as error:
+        raise SourceError(f"{path}, {place}: {row} is not path[,label,identity,camera,time] ({error})") from error
 
 
 def _seconds(text: str) -> float:

@@ -358,8 +358,8 @@ def test_what_is_missing_empty_or_something_else_is_refused(tmp_path):
     assert "no such file or folder" in refusal(tmp_path / "missing.zip!/inner")
     assert "holds no pictures" in refusal(tmp_path / "empty")
     assert "holds no pictures" in refusal(tmp_path / "texts")
-    assert "wanted a folder, .csv, .zip or .tar" in refusal(tmp_path / "notes.txt")
-    assert "wanted a folder, .csv, .zip or .tar" in refusal(fill(tmp_path, "one.png") / "one.png")
+    assert "wanted a folder, .csv, .parquet, .zip or .tar" in refusal(tmp_path / "notes.txt")
+    assert "wanted a folder, .csv, .parquet, .zip or .tar" in refusal(fill(tmp_path, "one.png") / "one.png")
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])

@@ -1,0 +1,51 @@
+"""Lists of pictures in Parquet: a column `path`, and any of label, identity, camera, time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from serve.errors import SourceError
+
+
+def listed_rows(path: Path, columns: frozenset[str]) -> Iterator[dict[str, str]]:
+    """What each row says, as text; nothing for a null. Only a block of rows is in memory.
+
+    Args: columns, those that it may have besides `path`. Raises: SourceError.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow, columns)
+            for block in file.iter_batches():
+                for row in block.to_pylist():
+                    yield {name: _text(value) for name, value in row.items() if value is not None}
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise SourceError(f"{path}: not a readable Parquet file ({next(iter(str(error).splitlines()), '')})") from error
+
+
+def _check_columns(path: Path, schema: pa.Schema, columns: frozenset[str]) -> None:
+    names = set(schema.names)
+    if "path" not in names or names - columns - {"path"}:
+        raise SourceError(f"{path}: columns are {sorted(names)}, wanted path and any of {sorted(columns)}")
+    for field in schema:
+        if not _is_accepted(field):
+            raise SourceError(
+                f"{path}: {field.name} is {field.type}, wanted text or whole numbers{', or a time' * (field.name == 'time')}"
+            )
+
+
+def _is_accepted(field: pa.Field) -> bool:
+    """Floats are refused as names: one missing value, and pandas makes identity 7 a 7.0."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    tests = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer, pa.types.is_null]
+    if field.name == "time":
+        tests += [pa.types.is_floating, pa.types.is_timestamp, pa.types.is_date]
+    return any(test(kind) for test in tests)
+
+
+def _text(value: object) -> str:
+    return value.isoformat() if isinstance(value, date) else str(value)
