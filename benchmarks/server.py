@@ -30,7 +30,7 @@ from export.publish import publish  # noqa: E402
 from serve.contract import Preprocess  # noqa: E402
 from serve.encoder import Encoder, open_encoder  # noqa: E402
 from serve.triton_server import TritonServer  # noqa: E402
-from train.checkpoint import save_encoder  # noqa: E402
+from train.checkpoint import load_encoder, save_encoder  # noqa: E402
 from train.encoder import Encoder as Network  # noqa: E402
 
 BATCH = 32
@@ -64,8 +64,11 @@ def add_encoder(repository: Path, name: str, *, width: float, stem: str, size_px
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / name
         run.mkdir()
-        save_encoder(run, Network("resnet18", width, stem).eval(), frame, {})
-        publish(run, repository, name=name, head=None, target="cpu")
+        network = Network("resnet18", width, stem)
+        with torch.inference_mode():
+            network.train()(torch.rand(16, 3, size_px, size_px))  # batch statistics as after training: no vector is zero
+        save_encoder(run, network.eval(), frame, {})
+        publish(*load_encoder(run), repository, name=name, head=None, target="cpu")
 
 
 def throughput(server: TritonServer, repository: Path, arguments: argparse.Namespace) -> dict[str, Any]:

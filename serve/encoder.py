@@ -5,25 +5,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from PIL import Image
 
-from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest, Preprocess
+from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest
 from serve.errors import ContractError
-from serve.preprocess import ImageError, load_image
+from serve.pictures import Picture, prepare_batch, prepare_each
+from serve.preprocess import ImageError
+from serve.triton_client import TritonEncoder
 from serve.versions import served_version
-
-Picture: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 
 class Encoder(Protocol):
@@ -41,36 +37,11 @@ class Encoder(Protocol):
         """Unit vectors (N, D) of pictures: paths, encoded bytes, PIL images or prepared uint8 (H, W, 3) arrays."""
 
 
-def prepare_batch(images: Sequence[Picture], preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Pictures -> uint8 (N, H, W, 3). Raises: ImageError naming the first unreadable one."""
-    shape = (preprocess.height_px, preprocess.width_px, 3)
-    pixels = [image for image in images if isinstance(image, np.ndarray)]
-    if len(pixels) < len(images):
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter lock while it decodes
-            pixels = list(pool.map(partial(_pixels, preprocess=preprocess), images))
-    for array in pixels:
-        if array.shape != shape or array.dtype != np.uint8:
-            raise ValueError(f"a prepared image is {array.dtype}{array.shape}, wanted uint8{shape}; pass the picture itself")
-    return np.stack(pixels) if pixels else np.empty((0, *shape), np.uint8)
-
-
 def embed_each(encoder: Encoder, images: Sequence[Picture]) -> list[NDArray[np.float32] | ImageError]:
     """One answer per picture, in order: its unit vector (D,), or why it cannot be read. A bad one costs no other its answer."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        prepared = list(pool.map(partial(_pixels_or_error, preprocess=encoder.manifest.preprocess), images))
+    prepared = prepare_each(images, encoder.manifest.preprocess)
     vectors = iter(encoder.embed([pixels for pixels in prepared if not isinstance(pixels, ImageError)]))
     return [pixels if isinstance(pixels, ImageError) else next(vectors) for pixels in prepared]
-
-
-def _pixels_or_error(image: Picture, preprocess: Preprocess) -> NDArray[np.uint8] | ImageError:
-    try:
-        return _pixels(image, preprocess)
-    except ImageError as error:
-        return error
-
-
-def _pixels(image: Picture, preprocess: Preprocess) -> NDArray[np.uint8]:
-    return image if isinstance(image, np.ndarray) else load_image(image, preprocess)
 
 
 def open_encoder(spec: str | Path) -> Encoder:
@@ -80,8 +51,6 @@ def open_encoder(spec: str | Path) -> Encoder:
     """
     text = str(spec)
     if text.startswith(("grpc://", "http://")):
-        from serve.triton_client import TritonEncoder
-
         return TritonEncoder(text)
     return OnnxEncoder(find_graph(Path(text)))
 

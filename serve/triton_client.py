@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.contract import METADATA_KEY, Manifest
-from serve.encoder import Picture, prepare_batch
 from serve.errors import ContractError, EncoderMismatch
+from serve.pictures import Picture, prepare_batch
 from serve.preprocess import ImageError
 from serve.triton_endpoints import Endpoints, RefusedError
 from serve.triton_transport import Transport, parse_url
@@ -19,9 +20,11 @@ from serve.triton_transport import Transport, parse_url
 class TritonEncoder:
     """The `Encoder` protocol over the network; may be used from many threads at once.
 
-    Of several servers the least busy one is asked, and another one if that does not answer; `timeout_s` is the limit for all.
-    Raises: EncoderMismatch if their encoders differ, ContractError if there is no such encoder, EncoderUnavailable if no
-    server answers.
+    Of several servers the least busy one is asked, and another one if that does not answer (`serve.triton_endpoints`).
+
+    Args: timeout_s, the limit for connecting, and for each batch that is sent, whatever happens.
+    Raises: EncoderMismatch if the servers' encoders differ, ContractError if there is no such encoder, EncoderUnavailable if
+    no server answers.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 10.0) -> None:
@@ -34,7 +37,7 @@ class TritonEncoder:
         self._max_batch = max(1, int(config.get("max_batch_size", 0)))
         self._versions: dict[tuple[str, str], str] = {}
         """(server, role) -> the version that it said it serves; "" where its configuration names none."""
-        self._servers.meet(self._greet)
+        self._servers.meet(partial(self._greet, "encoder"))
 
     @property
     def encoder_id(self) -> str:
@@ -71,8 +74,8 @@ class TritonEncoder:
         vectors, probabilities = ([answer.as_numpy(name) for answer in answers] for name in ("embedding", "probabilities"))
         return np.concatenate(vectors), np.concatenate(probabilities)
 
-    def _config(self, server: Transport) -> dict[str, Any]:
-        return server.config(f"{self._name}_encoder")
+    def _config(self, server: Transport, ends: float) -> dict[str, Any]:
+        return server.config(f"{self._name}_encoder", ends)
 
     def _manifest_in(self, config: dict[str, Any]) -> Manifest:
         if METADATA_KEY not in config.get("parameters", {}):
@@ -81,9 +84,12 @@ class TritonEncoder:
             )
         return Manifest.parse(config["parameters"][METADATA_KEY]["string_value"], self.url)
 
-    def _greet(self, server: Transport, role: str = "encoder") -> None:
-        """Vectors of two encoders are never mixed, whatever has come up at an address since. Raises: EncoderMismatch."""
-        config = server.config(f"{self._name}_{role}")
+    def _greet(self, role: str, server: Transport, ends: float) -> None:
+        """Vectors of two encoders are never mixed, whatever has come up at an address since. Raises: EncoderMismatch.
+
+        Triton knows the configuration of a model while that is ready, and of no other.
+        """
+        config = server.config(f"{self._name}_{role}", ends)
         found = config.get("parameters", {}).get("encoder_id", {}).get("string_value") or self._manifest_in(config).encoder_id
         if found != self.encoder_id:
             raise EncoderMismatch(
@@ -96,7 +102,7 @@ class TritonEncoder:
     def _only_name(self) -> str:
         names = sorted(
             name.removesuffix("_encoder")
-            for name in self._servers.call(lambda server: server.models())
+            for name in self._servers.call(lambda server, ends: server.models(ends))
             if name.endswith("_encoder")
         )
         if len(names) != 1:
@@ -118,10 +124,10 @@ class TritonEncoder:
             raise ImageError(f"{reason}{after}") from refused
 
     def _infer(self, role: str, name: str, array: NDArray[Any], datatype: str) -> Any:  # noqa: ANN401
-        def request(server: Transport) -> Any:  # noqa: ANN401
-            answer = server.infer(f"{self._name}_{role}", name, array, datatype)
+        def request(server: Transport, ends: float) -> Any:  # noqa: ANN401
+            answer = server.infer(f"{self._name}_{role}", name, array, datatype, ends)
             if server.version(answer) != self._versions[server.address, role] != "":  # changed over since it was greeted
-                self._greet(server, role)
+                self._greet(role, server, ends)
             return answer
 
-        return self._servers.call(request, lambda server: self._greet(server, role), role)
+        return self._servers.call(request, partial(self._greet, role), role)

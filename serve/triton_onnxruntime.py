@@ -26,6 +26,7 @@ class TritonPythonModel:
         options = ort.SessionOptions()
         threads = config.get("parameters", {}).get("intra_op_thread_count", {}).get("string_value", "0")
         options.intra_op_num_threads = int(threads)
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are Triton's and the clients' too
         self._session = ort.InferenceSession(str(graph), options, providers=_providers(args))
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._outputs = {tensor["name"]: pb_utils.triton_string_to_numpy(tensor["data_type"]) for tensor in config["output"]}

@@ -26,7 +26,6 @@ from typing import Self
 from serve.errors import EncoderUnavailable, SimclrError, TritonStartError
 from serve.model_control import KEY_NAME, KEY_VARIABLE, ModelControl
 from serve.ports import HOST, busy_reason, free_port
-from serve.signals import stopped_by_sigterm
 from serve.triton_runtime import find_runtime, install_runtime, runtime_folder
 
 START_TIMEOUT_S = 300.0
@@ -119,7 +118,8 @@ class TritonServer:
 
     def _drain(self, process: subprocess.Popen[bytes]) -> None:
         """Let ensembles finish: on SIGTERM Triton would refuse the next step of one that is under way."""
-        ensembles = [folder.name for folder in self.repository.glob("*_*") if folder.name.endswith(("_embed", "_classify"))]
+        endings = ("_embed", "_embed_dali", "_classify")
+        ensembles = [folder.name for folder in self.repository.glob("*_*") if folder.name.endswith(endings)]
         deadline = time.monotonic() + DRAIN_S
         control = ModelControl(self.http_url, self.key, timeout_s=DRAIN_S)
         with suppress(EncoderUnavailable):  # it is dead or stuck: nothing to wait for
@@ -193,17 +193,6 @@ class TritonServer:
             time.sleep(0.1)
 
 
-def serve(server: TritonServer) -> None:
-    """`simclr triton`: run, supervised, until Ctrl-C or SIGTERM. Raises: TritonStartError."""
-    from serve.triton_supervisor import supervise  # which needs this module
-
-    with suppress(KeyboardInterrupt), stopped_by_sigterm(), server:
-        print(f"Triton serves {server.repository} on {server.url} and {server.http_url}; Ctrl-C stops it", flush=True)
-        if server.host != HOST:
-            print(f"open to all who reach {server.host}: inference and metrics need no password", file=sys.stderr, flush=True)
-        supervise(server)
-
-
 def _require_models(repository: Path) -> None:
     if not any(repository.glob("*/config.pbtxt")):
         raise TritonStartError(
@@ -240,7 +229,7 @@ def _why(log: str, repository: Path) -> str:
     if "KIND_GPU but" in log:
         return f"{repository}: its models want a GPU and this machine has none that works; export again with --target cpu"
     if failed := re.search(r"failed to load '([^']+)' version \d+: (.+)", log):
-        reason = failed[2].split("\\n")[0].strip('" ')
+        reason = re.split(r"\\n|;", failed[2])[0].strip('" ')
         return f"{repository}: model {failed[1]} does not load ({reason}); export the run again"
     if foreign := re.search(r"for model directory '([^']+)': (.+)", log):
         reason = foreign[2].strip('" ')

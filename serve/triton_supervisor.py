@@ -8,11 +8,14 @@ from __future__ import annotations
 import io
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 
 from PIL import Image
 
 from serve.errors import SimclrError, TritonStartError
+from serve.ports import HOST
+from serve.signals import stopped_by_sigterm
 from serve.triton_client import TritonEncoder
 from serve.triton_server import TritonServer
 
@@ -23,6 +26,15 @@ FAILURES = 2
 """So many canaries must die in a row."""
 RESTARTS, WINDOW_S = 5, 600.0
 """More restarts than this in ten minutes will not help."""
+
+
+def serve(server: TritonServer) -> None:
+    """`simclr triton`: run, supervised, until Ctrl-C or SIGTERM. Raises: TritonStartError."""
+    with suppress(KeyboardInterrupt), stopped_by_sigterm(), server:
+        print(f"Triton serves {server.repository} on {server.url} and {server.http_url}; Ctrl-C stops it", flush=True)
+        if server.host != HOST:
+            print(f"open to all who reach {server.host}: inference and metrics need no password", file=sys.stderr, flush=True)
+        supervise(server)
 
 
 def supervise(server: TritonServer, *, period_s: float = PERIOD_S) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import threading
+import json
+import time
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import tritonclient.grpc
 import tritonclient.http
 from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
 
 from serve.errors import ContractError
+from serve.keep_alive import Answer, KeepAlive
 
 _PORTS = {"grpc": 8001, "http": 8000}
+_JSON_LENGTH = "Inference-Header-Content-Length"
+"""How much of a body is JSON; the tensors follow it."""
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -22,17 +27,21 @@ _CHANNEL = [
 
 
 class Transport(Protocol):
-    """What a client asks of one server; every call has the deadline that the transport was made with."""
+    """What a client asks of one server; `ends`, on time.monotonic's clock, is when it stops waiting.
+
+    Raises: InferenceServerException with the server's status, TimeoutError or gRPC's DEADLINE_EXCEEDED, OSError,
+    http.client.HTTPException.
+    """
 
     address: str
 
-    def models(self) -> list[str]:
+    def models(self, ends: float) -> list[str]:
         """Names of the models that are served."""
 
-    def config(self, model: str) -> dict[str, Any]:
+    def config(self, model: str, ends: float) -> dict[str, Any]:
         """The model's configuration as JSON."""
 
-    def infer(self, model: str, name: str, array: NDArray[Any], datatype: str) -> Any:  # noqa: ANN401
+    def infer(self, model: str, name: str, array: NDArray[Any], datatype: str, ends: float) -> Any:  # noqa: ANN401
         """tritonclient's InferResult for one input tensor."""
 
     def version(self, answer: Any) -> str:  # noqa: ANN401
@@ -42,26 +51,25 @@ class Transport(Protocol):
 class Grpc:
     """One channel for all threads."""
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str) -> None:
         self.address = address
         self._client = tritonclient.grpc.InferenceServerClient(address, channel_args=_CHANNEL)
-        self._timeout_s = timeout_s
 
-    def models(self) -> list[str]:
+    def models(self, ends: float) -> list[str]:
         """See `Transport`."""
-        answer = self._client.get_inference_statistics(as_json=True, client_timeout=self._timeout_s)
+        answer = self._client.get_inference_statistics(as_json=True, client_timeout=_left_s(ends))
         return [model["name"] for model in answer.get("model_stats", [])]  # the repository index wants a key
 
-    def config(self, model: str) -> dict[str, Any]:
+    def config(self, model: str, ends: float) -> dict[str, Any]:
         """See `Transport`."""
-        answer = self._client.get_model_config(model, as_json=True, client_timeout=self._timeout_s)
+        answer = self._client.get_model_config(model, as_json=True, client_timeout=_left_s(ends))
         return dict(answer["config"])
 
-    def infer(self, model: str, name: str, array: NDArray[Any], datatype: str) -> Any:  # noqa: ANN401
+    def infer(self, model: str, name: str, array: NDArray[Any], datatype: str, ends: float) -> Any:  # noqa: ANN401
         """See `Transport`."""
         tensor = tritonclient.grpc.InferInput(name, array.shape, datatype)
         tensor.set_data_from_numpy(array)
-        return self._client.infer(model, [tensor], client_timeout=self._timeout_s)
+        return self._client.infer(model, [tensor], client_timeout=_left_s(ends))
 
     def version(self, answer: Any) -> str:  # noqa: ANN401
         """See `Transport`."""
@@ -69,37 +77,60 @@ class Grpc:
 
 
 class Http:
-    """One client per thread: tritonclient.http is built on gevent, whose sockets belong to the thread that made them."""
+    """tritonclient's encoding of tensors over our own connections: see `serve.keep_alive`."""
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str) -> None:
         self.address = address
-        self._timeout_s = timeout_s
-        self._local = threading.local()
+        self._server = KeepAlive(address)
 
-    def models(self) -> list[str]:
+    def models(self, ends: float) -> list[str]:
         """See `Transport`."""
-        return [model["name"] for model in self._client().get_inference_statistics()["model_stats"]]
+        return [model["name"] for model in self._get("/v2/models/stats", ends).get("model_stats", [])]
 
-    def config(self, model: str) -> dict[str, Any]:
+    def config(self, model: str, ends: float) -> dict[str, Any]:
         """See `Transport`."""
-        return dict(self._client().get_model_config(model))
+        return self._get(f"/v2/models/{quote(model)}/config", ends)
 
-    def infer(self, model: str, name: str, array: NDArray[Any], datatype: str) -> Any:  # noqa: ANN401
+    def infer(self, model: str, name: str, array: NDArray[Any], datatype: str, ends: float) -> Any:  # noqa: ANN401
         """See `Transport`."""
         tensor = tritonclient.http.InferInput(name, array.shape, datatype)
         tensor.set_data_from_numpy(array)
-        return self._client().infer(model, [tensor])
+        client = tritonclient.http.InferenceServerClient
+        body, json_length = client.generate_request_body([tensor])
+        path = f"/v2/models/{quote(model)}/infer"
+        answer = _welcome(self._server.ask("POST", path, ends, body, {_JSON_LENGTH: str(json_length)}))
+        if _JSON_LENGTH not in answer.headers:
+            raise self._not_triton(path)
+        return client.parse_response_body(answer.body, header_length=int(answer.headers[_JSON_LENGTH]))
 
     def version(self, answer: Any) -> str:  # noqa: ANN401
         """See `Transport`."""
         return str(answer.get_response()["model_version"])
 
-    def _client(self) -> Any:  # noqa: ANN401
-        if not hasattr(self._local, "client"):
-            self._local.client = tritonclient.http.InferenceServerClient(
-                self.address, connection_timeout=self._timeout_s, network_timeout=self._timeout_s
-            )
-        return self._local.client
+    def _get(self, path: str, ends: float) -> dict[str, Any]:
+        answer = _welcome(self._server.ask("GET", path, ends))
+        try:
+            return dict(json.loads(answer.body))
+        except ValueError as error:
+            raise self._not_triton(path) from error
+
+    def _not_triton(self, path: str) -> ContractError:
+        return ContractError(f"http://{self.address}{path}: the answer is none of a Triton server's; correct the address")
+
+
+def _welcome(answer: Answer) -> Answer:
+    """Raises: InferenceServerException if the server would not."""
+    if answer.status == 200:
+        return answer
+    try:
+        message = str(json.loads(answer.body)["error"])
+    except (ValueError, LookupError, TypeError):  # a page of some proxy
+        message = f"HTTP status {answer.status}"
+    raise InferenceServerException(message, status=str(answer.status))
+
+
+def _left_s(ends: float) -> float:
+    return max(0.0, ends - time.monotonic())
 
 
 def parse_url(url: str) -> tuple[str, list[str], str]:

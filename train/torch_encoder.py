@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serve.contract import Manifest
-from serve.encoder import Picture, prepare_batch
+from serve.pictures import Picture, prepare_batch
 from train.checkpoint import load_encoder
 from train.encoder import Encoder, UnitEncoder
 

@@ -1,5 +1,6 @@
 """The whole way through a real tritonserver: export, serve, ask over gRPC and HTTP, break it."""
 
+import asyncio
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import tritonclient.http
 from PIL import Image
 
 from export.repository import write_repository
+from serve.aio import open_async_encoder
 from serve.encoder import open_encoder
 from serve.errors import ContractError, EncoderUnavailable, TritonStartError
 from serve.preprocess import ImageError
@@ -116,6 +118,25 @@ def test_every_road_gives_the_same_vectors(server, with_name):
             assert vectors.dtype == np.float32
             assert cosines(vectors, wanted).min() > 1 - 1e-5
         assert there.embed([]).shape == there.embed_bytes([]).shape == (0, 8)
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_asyncio_gives_the_same_answers(server, scheme):
+    url = server.url if scheme == "grpc" else server.http_url
+    images = pictures(64)
+
+    async def ask():
+        async with await open_async_encoder(f"{url}/toy") as encoder:
+            pixels = asyncio.gather(*(encoder.embed([image]) for image in images))
+            encoded = asyncio.gather(*(encoder.embed_bytes([image]) for image in images))
+            classified = asyncio.gather(*(encoder.classify_bytes([image]) for image in images))
+            with pytest.raises(ImageError, match="not a readable picture"):
+                await encoder.embed_bytes([b"no picture"])
+            return [np.concatenate(vectors) for vectors in (await pixels, await encoded, *zip(*await classified, strict=True))]
+
+    there = TritonEncoder(f"{url}/toy")
+    for found, wanted in zip(asyncio.run(ask()), [there.embed(images)] * 2 + list(there.classify_bytes(images)), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_paths_and_arrays_go_in_too(server, tmp_path):

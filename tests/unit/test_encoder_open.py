@@ -14,8 +14,9 @@ from onnx import helper
 from PIL import Image
 
 from serve.contract import MANIFEST_NAME, METADATA_KEY
-from serve.encoder import OnnxEncoder, find_graph, loadable_providers, open_encoder, prepare_batch
+from serve.encoder import OnnxEncoder, find_graph, loadable_providers, open_encoder
 from serve.errors import ContractError, EncoderUnavailable
+from serve.pictures import prepare_batch
 from serve.preprocess import ImageError
 from tests.toy_encoder import DIM, HEIGHT, WIDTH, write_toy_encoder
 

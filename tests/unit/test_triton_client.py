@@ -10,10 +10,10 @@ import pytest
 
 from serve.contract import METADATA_KEY
 from serve.encoder import open_encoder
-from serve.errors import ContractError, EncoderUnavailable
+from serve.errors import ContractError, EncoderUnavailable, SimclrError
+from serve.ports import free_port
 from serve.triton_client import TritonEncoder
-from serve.triton_endpoints import TRIES
-from serve.triton_server import free_port
+from serve.triton_endpoints import WAITS_S
 from tests.toy_encoder import write_toy_encoder
 
 
@@ -82,6 +82,29 @@ def fake_triton():
     server.server_close()
 
 
+@pytest.fixture
+def page():
+    """An HTTP server that knows nothing but one page; and the statuses that it will show it with, in turn."""
+    statuses = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            data = b"<html>It works!</html>"
+            self.send_response(statuses.pop(0))
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", statuses
+    server.shutdown()
+    server.server_close()
+
+
 def config(tmp_path):
     _, manifest = write_toy_encoder(tmp_path)
     return {"max_batch_size": 32, "parameters": {METADATA_KEY: {"string_value": manifest.model_dump_json()}}}
@@ -114,6 +137,23 @@ def test_a_server_that_hangs_up(scheme, rude):
         TritonEncoder(f"{scheme}://127.0.0.1:{server.port}/toy", timeout_s=2)
 
 
+@pytest.mark.parametrize("status", [200, 404, 500])
+def test_a_server_that_is_no_triton(page, status):
+    url, statuses = page
+    statuses += [status]
+    with pytest.raises(SimclrError, match=f"{url}.*(none of a Triton server's|HTTP status {status})") as caught:
+        TritonEncoder(f"{url}/toy")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_proxy_whose_server_is_away_is_asked_again(page):
+    url, statuses = page
+    statuses += [502, 503, 504]
+    with pytest.raises(EncoderUnavailable, match="HTTP status 504"):
+        TritonEncoder(f"{url}/toy")
+    assert statuses == []
+
+
 def test_a_host_that_does_not_exist():
     for scheme in ("grpc", "http"):
         with pytest.raises(EncoderUnavailable, match="no Triton server answers"):
@@ -128,7 +168,7 @@ def test_a_server_that_is_still_starting_is_asked_again(fake_triton, tmp_path):
         (200, config(tmp_path)),
     ]
     assert TritonEncoder(f"{url}/toy").manifest.name == "toy"
-    assert len(seen) == TRIES == 3
+    assert len(seen) == len(WAITS_S) == 3
 
 
 def test_a_server_that_stays_unavailable_is_given_up(fake_triton):
@@ -136,7 +176,7 @@ def test_a_server_that_stays_unavailable_is_given_up(fake_triton):
     answers["/v2/models/toy_encoder/config"] = (503, {"error": "draining"})
     with pytest.raises(EncoderUnavailable, match="draining"):
         TritonEncoder(f"{url}/toy")
-    assert len(seen) == TRIES
+    assert len(seen) == len(WAITS_S)
 
 
 def test_a_model_that_is_not_there(fake_triton):

@@ -207,7 +207,7 @@ def test_a_server_that_ends_by_itself_is_noticed(repository, fake_tritonserver):
 def test_the_server_does_not_outlive_us(repository, fake_tritonserver, tmp_path, number):
     fake_tritonserver(SERVES.format(extra=f"import os; Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"))
     program = (
-        "from pathlib import Path; from serve.triton_server import *; "
+        "from pathlib import Path; from serve.triton_server import *; from serve.triton_supervisor import serve; "
         f"serve(TritonServer(Path({str(repository)!r}), http_port=0, grpc_port=0, metrics_port=0))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
