@@ -59,7 +59,7 @@ class Streamed:
     def batches(self, steps: Iterator[Order]) -> Generator[Batch]:
         """A crop for each view of the pictures of each (epoch, rows); to be closed, which ends the workers.
 
-        Raises: SourceError if nothing can be read, RuntimeError if a worker dies (see `worker_died`).
+        Raises: SourceError if nothing can be read, TrainingError or RuntimeError if a worker dies (see `worker_died`).
         """
         pieces_per_step: list[int] = []
 
@@ -85,6 +85,8 @@ class Streamed:
                     self.traits.update(piece.traits)
                 self._note([fault for piece in done for fault in piece.faults])
                 yield Batch(_joined([piece.crops for piece in done]), torch.cat([piece.rows for piece in done]))
+        except (ConnectionError, EOFError) as error:  # it died while it handed over a batch, before torch noticed
+            raise _death(str(error) or type(error).__name__) from error
         finally:
             arriving._shutdown_workers()  # they ignore the SIGTERM by which multiprocessing would end them
 
@@ -143,8 +145,12 @@ def worker_died(error: RuntimeError) -> TrainingError | None:
     reason = str(error).splitlines()[0]
     if not reason.startswith("DataLoader worker (pid"):
         return None
+    return _death(reason.rstrip(". "))
+
+
+def _death(reason: str) -> TrainingError:
     remedy = "use fewer --workers or a larger /dev/shm (docker --shm-size), then --resume"
-    return TrainingError(f"a worker process died ({reason.rstrip('. ')}); {remedy}")
+    return TrainingError(f"a worker process died ({reason}); {remedy}")
 
 
 def _joined(crops: list[Tensor]) -> Tensor:

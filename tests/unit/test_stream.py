@@ -160,3 +160,22 @@ def test_whole_frames_and_crops_become_views_of_the_same_kind() -> None:
         assert views.dtype == torch.float32
         assert views.min() >= 0
         assert views.max() <= 1
+
+
+@pytest.mark.parametrize("broken", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(
+    pictures: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch, broken: Exception
+) -> None:
+    class Arriving:
+        def __iter__(self) -> "Arriving":
+            return self
+
+        def __next__(self) -> None:
+            raise broken
+
+        def _shutdown_workers(self) -> None:
+            pass
+
+    monkeypatch.setattr(module, "DataLoader", lambda *_, **__: Arriving())
+    with pytest.raises(TrainingError, match=r"a worker process died \(.+\); use fewer --workers"):
+        next(stream(pictures).batches(steps()))
