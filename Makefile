@@ -12,7 +12,7 @@ BASE := .venv-base/.installed
 CODE := train serve export cli.py app.py tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench triton triton-runtime fmt
+.PHONY: help demo test test-slow check bench triton triton-runtime fmt
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -22,6 +22,9 @@ demo: $(INSTALLED) | try-runtime ## the whole path, from pictures to the web pag
 
 test: $(INSTALLED) $(BASE) $(RUNTIME) ## every test, with the real Triton server, a browser and a torch-free install
 	SIMCLR_BASE_PYTHON=$(CURDIR)/.venv-base/bin/python $(BIN)/python -m pytest $(TEST_ARGS)
+
+test-slow: ## as test, with the long tests (kill -9, bit flips, a full disk, many processes) at their full length
+	$(MAKE) test TEST_ARGS="--full tests/slow $(TEST_ARGS)"
 
 check: $(INSTALLED) ## lint, format, types, import rules, unit and contract tests
 	$(BIN)/ruff check $(CODE)

@@ -14,7 +14,8 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias, cast, get_args
 
@@ -22,12 +23,20 @@ import tyro
 from tyro.conf import Positional, arg
 
 from serve.errors import ContractError, GalleryError, SimclrError, SourceError
+from serve.limits import Limits
+from serve.load_config import LoadConfig
 from serve.preprocess import ImageError
 from train.config import Arch, PresetName, PretrainConfig, Stem
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from serve.bulk_shards import Engine
+    from serve.catalog import Known
+    from serve.contract import Manifest
     from serve.encoder import Encoder
     from serve.gallery import Gallery
+    from serve.sources import Unreadable
 
 GalleryName: TypeAlias = Annotated[str, arg(metavar="GALLERY")]
 """Not a Path, which would turn milvus://host into the folder milvus:/host."""
@@ -232,10 +241,16 @@ class FitHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a trained encoder as ONNX and as the next version in a Triton model repository, after a parity check."""
+    """Write an encoder as ONNX and as the next version in a Triton model repository, after a parity check."""
 
     run: Path | None = None
     """The folder of a finished pretraining."""
+    module: Annotated[str | None, arg(metavar="PACKAGE.MODULE:NAME")] = None
+    """Instead of a run: any torch.nn.Module, or a class or function that makes one. It is imported, which runs its code."""
+    weights: Annotated[Path | None, arg(metavar="FILE")] = None
+    """State dict of the module, .safetensors or of torch.save. Default: the weights that it is made with."""
+    preprocess: Annotated[Path | None, arg(metavar="SPEC.json")] = None
+    """How the module wants its pictures (docs/serving.md, "Encoders of your own")."""
     repository: Path
     """The model repository to write into; other models in it stay."""
     name: str = "simclr"
@@ -246,26 +261,34 @@ class Export:
     """Where Triton will run it."""
     tensorrt: bool = False
     """Let TensorRT run the encoder (target gpu). Its engines are built on the server's first start, in minutes."""
+    dali: bool = False
+    """Besides, NAME_embed_dali: the GPU decodes JPEG files with NVIDIA DALI (target gpu; docs/serving.md says what differs)."""
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
     """fp16: half the size, for a GPU. int8: a quarter of the size, about 3x as fast on a CPU with VNNI."""
     images: str | None = None
-    """Pictures that calibrate int8 and measure what fp16 and int8 cost a search. Default: those of the training."""
+    """Pictures that calibrate int8 and measure what fp16 and int8 cost a search. Default: those of the run's training."""
     accept_loss: bool = False
     """Publish fp16 or int8 even if it misses more neighbours than the floor allows."""
     rollback: bool = False
-    """Serve the version before again, instead of exporting a run."""
+    """Serve the version before again, instead of exporting."""
     server: Annotated[str | None, arg(metavar="URL")] = None
     """http://host:8000 of a running server of this repository, to change over without a failed request (SIMCLR_TRITON_KEY)."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):  # a folder's name, and a part of addresses
             raise SimclrError(f"--name is {self.name!r}, wanted letters, digits and any of _ - .")
-        if self.tensorrt and self.target == "cpu":
-            raise SimclrError("--tensorrt needs a GPU; leave out --target cpu")
+        if (self.tensorrt or self.dali) and self.target == "cpu":
+            raise SimclrError("--tensorrt and --dali need a GPU; leave out --target cpu")
+        if self.dali and "-" in self.name:
+            raise SimclrError(f"--name is {self.name!r}, wanted no - in it: DALI's backend refuses paths that have one")
         if self.precision == "fp32" and (self.images, self.accept_loss) != (None, False):
             raise SimclrError("--images and --accept-loss belong to --precision fp16 or int8")
-        if (self.run is None) != self.rollback:
-            raise SimclrError("wanted either --run RUN to export or --rollback to serve the version before")
+        if [self.run is not None, self.module is not None, self.rollback].count(True) != 1:
+            raise SimclrError("wanted one of --run RUN or --module M to export, or --rollback to serve the version before")
+        if (self.module is None) != (self.preprocess is None) or (self.weights is not None and self.module is None):
+            raise SimclrError("--module needs --preprocess SPEC.json; --preprocess and --weights belong to --module")
+        if self.module is not None and self.precision != "fp32" and self.images is None:
+            raise SimclrError(f"--module with --precision {self.precision} needs --images SRC to measure it on")
         if self.server is not None and not self.server.startswith("http://"):
             raise SimclrError(f"--server is {self.server!r}, wanted http://host:8000 of a Triton server")
 
@@ -273,20 +296,34 @@ class Export:
         from serve.model_control import changed_on
 
         changed = changed_on(self.server)
-        if self.run is None:
+        if self.rollback:
             from export.versions import roll_back
 
             version = roll_back(self.repository, self.name, changed)
             print(f"{self.repository}: {self.name} serves version {version} again")
             return
-        from export.publish import publish, report_lines
+        from export.publish import publish, report_lines, training_images
         from serve.classify import Head
 
-        options = {name: getattr(self, name) for name in ("name", "target", "tensorrt", "precision", "images", "accept_loss")}
+        options = {name: getattr(self, name) for name in ("name", "target", "tensorrt", "dali", "precision", "accept_loss")}
         head = Head.load(self.head) if self.head else None
-        manifest, models = publish(self.run, self.repository, head=head, changed=changed, **options)
+        encoder, manifest = self._encoder()
+        images = self.images
+        if images is None and self.run is not None and self.precision != "fp32":
+            images = training_images(self.run)
+        manifest, models = publish(encoder, manifest, self.repository, head=head, images=images, changed=changed, **options)
         print(f"{self.repository}: {', '.join(models)}")
         print("\n".join(report_lines(manifest)))
+
+    def _encoder(self) -> tuple[nn.Module, Manifest]:
+        if self.module is not None and self.preprocess is not None:
+            from export.module import load_module
+
+            return load_module(self.module, self.weights, self.preprocess)
+        from train.checkpoint import load_encoder
+
+        assert self.run is not None
+        return load_encoder(self.run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +345,8 @@ class Triton:
         _check_ports(http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port)
 
     def __call__(self) -> None:
-        from serve.triton_server import TritonServer, serve
+        from serve.triton_server import TritonServer
+        from serve.triton_supervisor import serve
 
         ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
         serve(TritonServer(self.repository, host=self.host, **ports))
@@ -316,21 +354,49 @@ class Triton:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Write the vectors of pictures to a Parquet file."""
+    """Write the vectors of pictures to a Parquet file. Repeating it after an interruption goes on."""
 
     encoder: str
     """A RUN folder, a model repository, or grpc://host:port/NAME, http://host:port/NAME."""
     images: str
-    """Folder, .csv, .zip, .tar or a known dataset's root."""
-    out: Path
-    """FILE.parquet to write."""
+    """Folder, .csv, .parquet, .zip, .tar or a known dataset's root."""
+    out: Annotated[str, arg(metavar="FILE.parquet|FOLDER/")]
+    """File to write, or, with a slash at its end, folder for many: a file for every 1,024 pictures."""
+    engine: Literal["local", "ray"] = "local"
+    """Work on this machine, or on a Ray cluster (docs/scaling.md)."""
+    ray_address: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Of the Ray cluster's head, or auto. Default: a cluster of this machine alone is started."""
+    workers: int = 2
+    """Shards of 1,024 pictures under way at a time, on every machine. More of them for several Triton servers."""
+
+    def __post_init__(self) -> None:
+        if self.ray_address is not None and self.engine != "ray":
+            raise SimclrError("--ray-address belongs to --engine ray; wanted both or neither")
+        if not 1 <= self.workers <= 1000:
+            raise SimclrError(f"--workers is {self.workers}, wanted 1 to 1000")
 
     def __call__(self) -> None:
         from serve.bulk import embed_to_parquet
 
-        count, unreadable = embed_to_parquet(open_encoder(self.encoder), self.images, self.out)
-        _tell_unreadable(unreadable)
-        print(f"{self.out}: {count} vectors")
+        encoder = open_encoder(self.encoder)
+        report = embed_to_parquet(encoder.manifest, self.images, self.out, self._engine(encoder))
+        _tell_unreadable(report.unreadable, report.quarantine)
+        print(f"{self.out}: {report.count} vectors")
+
+    def _engine(self, encoder: Encoder) -> Engine:
+        if self.engine == "local":
+            from serve.bulk_local import embed_here
+
+            return partial(embed_here, encoder=encoder, workers=self.workers)
+        from serve.bulk_ray import embed_on_ray
+
+        return partial(
+            embed_on_ray,
+            open_encoder=open_encoder,
+            spec=_absolute(self.encoder),
+            address=self.ray_address,
+            workers=self.workers,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,18 +406,21 @@ class GalleryAdd:
     gallery: Positional[GalleryName]
     """The gallery's folder."""
     images: str
-    """Folder, .csv, .zip, .tar or a known dataset's root."""
+    """Folder, .csv, .parquet, .zip, .tar or a known dataset's root."""
     encoder: str | None = None
     """A RUN folder, a model repository, or grpc://host:port/NAME, http://host:port/NAME. Default: the one used before."""
+    quarantine: Annotated[Path | None, arg(metavar="FILE")] = None
+    """List of all pictures that were ever left out, and why. Default: GALLERY/quarantine.jsonl."""
 
     def __call__(self) -> None:
         from serve.bulk import add_pictures
         from serve.sources import open_source
 
         images = open_source(self.images)
+        quarantine = self.quarantine or Path("" if "://" in self.gallery else self.gallery, "quarantine.jsonl")
         with open_gallery(self.gallery, self.encoder, create=True) as gallery:
-            report = add_pictures(gallery, images.gallery or images.everything)
-            _tell_unreadable(report.unreadable)
+            report = add_pictures(gallery, images.gallery or images.everything, quarantine)
+            _tell_unreadable(report.unreadable, quarantine)
             if report.unreadable and not report.ids and not report.already_present:
                 raise SourceError(f"{self.images}: none of {len(report.unreadable)} pictures can be read; nothing was added")
             print(f"{self.gallery}: {len(report.ids)} added, {report.already_present} were there, {len(gallery)} in all")
@@ -359,19 +428,75 @@ class GalleryAdd:
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryRemove:
-    """Remove items from a gallery by id."""
+    """Remove items from a gallery, by id or all that pass a filter."""
 
     gallery: Positional[GalleryName]
     """The gallery's folder."""
-    ids: Positional[tuple[int, ...]]
+    ids: Positional[tuple[int, ...]] = ()
     """Ids, as `simclr search` prints them."""
+    where: str | None = None
+    """Instead of ids: all of these, such as: camera = 2 and time < 100"""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self.ids, self.where)
 
     def __call__(self) -> None:
         from serve.gallery import Gallery
 
         with Gallery.open(self.gallery) as gallery:
-            gallery.remove(self.ids)
-            print(f"{self.gallery}: {len(self.ids)} removed, {len(gallery)} left")
+            chosen = _chosen(gallery, self.ids, self.where)
+            gallery.remove(chosen)
+            left = len(gallery)
+        done = {"removed": len(chosen), "left": left}
+        print(json.dumps(done) if self.json else f"{self.gallery}: {len(chosen)} removed, {left} left")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryRelabel:
+    """Say anew what is known about items of a gallery; searches see all of it or nothing."""
+
+    gallery: Positional[GalleryName]
+    """The gallery's folder."""
+    ids: tuple[int, ...] = ()
+    """Ids, as `simclr search` prints them."""
+    where: str | None = None
+    """Instead of ids: all of these, such as: label = cta"""
+    label: str | None = None
+    """Their class."""
+    identity: str | None = None
+    """Who or what is on them."""
+    camera: str | None = None
+    """The camera that took them."""
+    time: float | None = None
+    """When, in seconds."""
+    extra: Annotated[str | None, arg(metavar="JSON")] = None
+    """More facts, laid over those that are there; null takes one out: {"box": [1, 2, 3, 4], "seen": null}"""
+    forget: tuple[Literal["label", "identity", "camera", "time"], ...] = ()
+    """What is no longer known of them."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self.ids, self.where)
+        if not self._known():
+            raise SimclrError("nothing to say; wanted one of --label, --identity, --camera, --time, --extra, --forget")
+
+    def __call__(self) -> None:
+        from serve.gallery import Gallery
+
+        with Gallery.open(self.gallery) as gallery:
+            chosen = _chosen(gallery, self.ids, self.where)
+            gallery.relabel(chosen, **self._known())
+        print(json.dumps({"relabelled": len(chosen)}) if self.json else f"{self.gallery}: {len(chosen)} relabelled")
+
+    def _known(self) -> Known:
+        known = {name: getattr(self, name) for name in ("label", "identity", "camera", "time")}
+        known = {name: value for name, value in known.items() if value is not None} | dict.fromkeys(self.forget)
+        if self.extra is not None:
+            known["extra"] = _json_object("--extra", self.extra)
+        return cast("Known", known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +513,11 @@ class GalleryInfo:
 
         with Gallery.open(self.gallery) as gallery:
             facts = asdict(gallery.info())
-        print(json.dumps(facts) if self.json else "\n".join(f"{name:14} {value}" for name, value in facts.items()))
+        if self.json:
+            print(json.dumps(facts))
+        else:
+            report = facts.pop("index_report")
+            print("\n".join([*(f"{name:14} {value}" for name, value in facts.items()), report]).rstrip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,22 +536,58 @@ class GalleryRebuild:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GalleryVerify:
-    """Check a gallery's vectors and index against its catalog; exit code 1 if something is wrong."""
+class GalleryTune:
+    """Choose a gallery's index anew, by measuring, under these limits; those left out stay as they are."""
 
     gallery: Positional[GalleryName]
     """The gallery's folder."""
+    recall: float | None = None
+    """Least share of the ten nearest that is found. At first: 0.95."""
+    latency_ms: float | None = None
+    """Longest median search of one query on one core; search stays exact as long as it takes no longer. At first: 5."""
+    memory_mb: float | None = None
+    """Largest index beside the vectors, which stay on disk. At first: any."""
+
+    def __call__(self) -> None:
+        from serve.gallery import Gallery
+
+        asked = {"recall": self.recall, "latency_ms": self.latency_ms, "memory_mb": self.memory_mb}
+        with Gallery.open(self.gallery) as gallery:
+            gallery.tune(replace(gallery.limits, **{name: limit for name, limit in asked.items() if limit is not None}))
+            info = gallery.info()
+        print("\n".join([f"{self.gallery}: {info.index}", info.index_report]).rstrip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryVerify:
+    """Check every row, vector and file of a gallery; exit code 1 if something is wrong."""
+
+    gallery: Positional[GalleryName]
+    """The gallery's folder."""
+    repair: bool = False
+    """If something is wrong, derive anew all that is derived, and check again."""
+    json: bool = False
+    """Print JSON."""
 
     def __call__(self) -> None:
         from serve.gallery import Gallery
 
         with Gallery.open(self.gallery) as gallery:
-            problems = gallery.verify()
+            found = left = gallery.verify()
+            if found and self.repair:
+                gallery.repair()
+                left = gallery.verify()
             count = len(gallery)
-        if problems:
-            print("\n".join(problems))
-            raise GalleryError(f"{self.gallery}: {len(problems)} problems; `simclr gallery rebuild` repairs those of the index")
-        print(f"{self.gallery}: {count} items, all well")
+        if self.json:
+            print(json.dumps({"items": count, "found": found, "left": left}))
+        else:
+            print("\n".join(found or [f"{self.gallery}: {count} items, all well"]))
+        if left and self.repair:
+            raise GalleryError(f"{self.gallery}: not repaired: {left[0]} ({len(left)} in all); update or remove these items")
+        if left:
+            raise GalleryError(f"{self.gallery}: {len(left)} problems; --repair derives anew what is derived")
+        if found and not self.json:
+            print(f"{self.gallery}: {count} items, repaired")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,20 +600,27 @@ class Search:
     """The picture to search with."""
     encoder: str | None = None
     """The encoder that made the gallery: RUN, a model repository, grpc://… or http://…  Default: the one used before."""
-    k: Annotated[int, arg(aliases=["-k"])] = 10
-    """How many."""
+    k: Annotated[int | None, arg(aliases=["-k"])] = None
+    """How many. Default: 10, or all that pass the threshold."""
     where: str | None = None
     """Only among these, such as: camera != 2 and label in (cat, dog)"""
+    threshold: float | None = None
+    """Only those whose score, the cosine, is this or more."""
+    offset: int = 0
+    """Leave out the best so many: the next page."""
     json: bool = False
     """Print JSON."""
 
     def __call__(self) -> None:
         with open_gallery(self.gallery, self.encoder) as gallery:
-            hits = gallery.search(self.image, self.k, self.where)
+            if self.threshold is None:
+                hits = gallery.search(self.image, 10 if self.k is None else self.k, self.where, offset=self.offset)
+            else:
+                hits = gallery.within(self.image, self.threshold, self.where, self.k, offset=self.offset)
         if self.json:
             print(json.dumps([asdict(hit) for hit in hits]))
             return
-        for rank, hit in enumerate(hits, start=1):
+        for rank, hit in enumerate(hits, start=1 + self.offset):
             known = [f"{name}={value}" for name in ("label", "identity", "camera") if (value := getattr(hit, name)) is not None]
             print(f"{rank:3}  {hit.score:.4f}  #{hit.id}  {hit.source}  {' '.join(known)}".rstrip())
 
@@ -471,6 +643,65 @@ class ReidEvaluate:
         _write_json(self.json, report)
         for name, value in report.items():
             print(f"{name:16} {value:.2%}" if isinstance(value, float) else f"{name:16} {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchServe(LoadConfig):
+    """Put a server under load and measure latency, throughput and errors."""
+
+    url: Positional[Annotated[str, arg(metavar="URL")]]
+    """grpc://host:port/NAME or http://host:port/NAME of Triton, or http://host:port/v1/embed of the gateway."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        from serve.load_bench import bench_serve, report_json
+        from serve.load_report import report_lines
+
+        report = bench_serve(self)
+        print(report_json(report) if self.json else "\n".join(report_lines(report)))
+        if report.stopped:
+            raise KeyboardInterrupt(f"stopped after {report.seconds:.1f} of {self.seconds:g} s; the report is of these")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Api:
+    """Serve embeddings and classes over HTTP, with admission control, until Ctrl-C."""
+
+    encoder: str
+    """A RUN folder, a model repository, or grpc://host:port/NAME, http://host:port/NAME."""
+    head: Path | None = None
+    """HEAD.npz of `simclr fit-head`, to classify as well."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every network that this machine is in."""
+    port: int = 7861
+    """Port of the API."""
+    at_once: int = Limits.at_once
+    """Requests that are worked on together."""
+    waiting: int = Limits.waiting
+    """Requests that may wait; one more is refused at once."""
+    batches: int = Limits.batches
+    """Batches at the encoder together: two for each Triton server behind the address."""
+    max_bytes: int = Limits.max_bytes
+    """Largest body of a request."""
+
+    def __post_init__(self) -> None:
+        _check_ports(port=self.port)
+        self._limits()
+
+    def __call__(self) -> None:
+        from serve.api import create_api
+        from serve.classify import Head
+        from serve.http_server import serve_api
+
+        head = Head.load(self.head) if self.head else None
+        serve_api(create_api(open_encoder(self.encoder), head=head, limits=self._limits()), host=self.host, port=self.port)
+
+    def _limits(self) -> Limits:
+        try:
+            return Limits(at_once=self.at_once, waiting=self.waiting, batches=self.batches, max_bytes=self.max_bytes)
+        except ValueError as error:
+            raise SimclrError(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,14 +744,23 @@ VERBS: dict[str, Callable[..., Any]] = {
     "embed": Embed,
     "gallery add": GalleryAdd,
     "gallery remove": GalleryRemove,
+    "gallery relabel": GalleryRelabel,
     "gallery info": GalleryInfo,
     "gallery rebuild": GalleryRebuild,
+    "gallery tune": GalleryTune,
     "gallery verify": GalleryVerify,
     "search": Search,
     "reid evaluate": ReidEvaluate,
+    "api": Api,
     "app": App,
+    "bench serve": BenchServe,
 }
 SUMMARY = "From a folder of images to answers: SimCLR pretraining, ONNX and Triton export, search, re-ID, classification."
+EXTRAS = {
+    **dict.fromkeys(("torch", "torchvision", "onnx", "onnxscript", "safetensors", "tensorboard"), "train"),
+    "ray": "scale",
+}
+"""Module -> the extra of this package that brings it."""
 MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 
@@ -538,9 +778,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as stop:
         _fail(str(stop) or "interrupted", 130)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "tensorboard"}:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
             raise
-        _fail(f"this command needs {error.name}, which a serving install leaves out: pip install 'simclr-serve[train]'", 1)
+        _fail(f"this command needs {error.name}, which a serving install leaves out: pip install 'simclr-serve[{extra}]'", 1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader, such as `head`, has seen enough
     except (SimclrError, ImageError, OSError) as error:
@@ -581,6 +822,27 @@ def _check_ports(**ports: int) -> None:
             raise SimclrError(f"--{name.replace('_', '-')} is {port}, wanted 0 to 65535")
 
 
+def _check_choice(ids: Sequence[int], where: str | None) -> None:
+    if bool(ids) == (where is not None):
+        raise SimclrError("wanted either ids or --where EXPR to say which items")
+    if where is not None and not where.strip():
+        raise SimclrError("--where is empty, which would be all items; wanted a condition")
+
+
+def _chosen(gallery: Gallery, ids: Sequence[int], where: str | None) -> list[int]:
+    return list(ids) if where is None else [int(item_id) for item_id in gallery.ids(where)]
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise SimclrError(f'{option} is {text!r}, no JSON ({error}); wanted an object such as {{"seen": true}}') from error
+    if not isinstance(value, dict):
+        raise SimclrError(f'{option} is {text!r}, wanted a JSON object such as {{"seen": true}}')
+    return value
+
+
 def _fail(message: str, code: int) -> NoReturn:
     print(f"simclr: {' '.join(message.splitlines())}", file=sys.stderr)
     raise SystemExit(code)
@@ -610,8 +872,13 @@ def open_gallery(folder: str, spec: str | None, *, create: bool = False) -> Gall
             raise ContractError(f"{folder}: does not know where its encoder is; give --encoder ENC")
     gallery = Gallery.open(folder, open_encoder(spec), create=create)
     if create:
-        gallery.encoder_spec = spec if "://" in spec else str(Path(spec).absolute())
+        gallery.encoder_spec = _absolute(spec)
     return gallery
+
+
+def _absolute(spec: str) -> str:
+    """An encoder that is found from any folder."""
+    return spec if "://" in spec else str(Path(spec).absolute())
 
 
 def _write_json(path: Path | None, report: dict[str, Any]) -> None:
@@ -622,11 +889,11 @@ def _write_json(path: Path | None, report: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _tell_unreadable(unreadable: Sequence[Any]) -> None:
+def _tell_unreadable(unreadable: Sequence[Unreadable], quarantine: Path) -> None:
     for picture in unreadable[:10]:
         print(f"left out: {picture.reason}", file=sys.stderr)
-    if len(unreadable) > 10:
-        print(f"left out: {len(unreadable) - 10} more", file=sys.stderr)
+    if unreadable:
+        print(f"left out: {len(unreadable)} in all, listed in {quarantine}", file=sys.stderr)
 
 
 if __name__ == "__main__":

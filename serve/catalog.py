@@ -1,63 +1,43 @@
 """The truth of a gallery: items, metadata and vectors in SQLite.
 
-What a method has returned is on disk (WAL, synchronous=FULL). Each transaction that changes items takes the next sequence
-number and a random stamp, so that a derived index can tell what it lacks, and whether it ever belonged to this history.
+What a method has returned is on disk. Each transaction that changes items takes the next sequence number and a random stamp, so
+that a derived index can tell what it lacks, and whether it ever belonged to this history.
 """
-# ruff: noqa: S608  (what is pasted into the SQL comes from the constants below and from Where, never from a user)
+# ruff: noqa: S608  (what is pasted into the SQL comes from constants and from Where, never from a user)
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
+import secrets
 import sqlite3
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from serve.catalog_check import problems
+from serve.catalog_file import CatalogFile
+from serve.catalog_schema import COLUMNS, ENCODER_SPEC, INSERT, Facts, prepare, sealed
 from serve.errors import GalleryError
-from serve.filters import TEXT_FIELDS, Where
-from serve.sources import Sample
+from serve.filters import EVERYTHING, TEXT_FIELDS, Where
+from serve.sources import Sample, name_fault, printable
 
-SCHEMA_VERSION = 1
-_ENCODER_SPEC = "encoder_spec"
-_APPLICATION_ID = 0x51C18  # marks the file as ours in SQLite's header
-_SCHEMA = (
-    "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
-    "CREATE TABLE changes (seq INTEGER PRIMARY KEY, stamp TEXT NOT NULL) STRICT",
-    # The vector stands last: SQLite reads a row from its start, and filters need only the start.
-    "CREATE TABLE items (id INTEGER PRIMARY KEY AUTOINCREMENT, seq INTEGER NOT NULL, source TEXT NOT NULL UNIQUE, label TEXT,"
-    " identity TEXT, camera TEXT, time REAL, extra TEXT NOT NULL, vector BLOB NOT NULL) STRICT",
-    "CREATE TABLE removed (id INTEGER PRIMARY KEY, seq INTEGER NOT NULL) STRICT",
-    "CREATE INDEX removed_seq ON removed (seq)",
-    *(f"CREATE INDEX items_{column} ON items ({column})" for column in ("seq", "label", "camera", "time")),
-    "CREATE INDEX items_identity ON items (identity, camera)",  # the same-camera rule asks for both
-    f"PRAGMA application_id = {_APPLICATION_ID}",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
-)
-_INSERT = (
-    "INSERT INTO items (seq, source, label, identity, camera, time, extra, vector)"
-    " VALUES (:seq, :source, :label, :identity, :camera, :time, :extra, :vector) ON CONFLICT (source) DO NOTHING RETURNING id"
-)
-_COLUMNS = "id, source, label, identity, camera, time, extra"
+log = logging.getLogger(__name__)
+
+_REMEMBERED_FILTERS = 8  # of 8 bytes per id
+_BLOCK_ROWS = 10_000
+_COLUMNS = ", ".join(COLUMNS["items"])
 _AMONG = "IN (SELECT value FROM json_each(?))"  # a list as one parameter: SQLite limits how many there may be
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What holds for a whole gallery: the encoder that made its vectors."""
-
-    encoder_id: str
-    encoder_name: str
-    embedding_dim: int
-    manifest: str
-    """The encoder's manifest, as JSON."""
+_NEXT_ID = "SELECT 1 + max((SELECT coalesce(max(id), 0) FROM items), (SELECT coalesce(max(id), 0) FROM removed))"
 
 
 @dataclass(frozen=True)
@@ -73,6 +53,16 @@ class Item:
     extra: dict[str, JsonValue]
 
 
+class Known(TypedDict, total=False):
+    """What may be said anew about items. None: unknown. `extra` is laid over what is there, and None takes a fact out of it."""
+
+    label: str | None
+    identity: str | None
+    camera: str | None
+    time: float | None
+    extra: Mapping[str, JsonValue]
+
+
 class Change(NamedTuple):
     """One transaction: its sequence number, and a stamp that no other history shares. (0, "") is the beginning."""
 
@@ -81,68 +71,44 @@ class Change(NamedTuple):
 
 
 class Catalog:
-    """One SQLite connection behind a lock: safe from several threads, and beside other processes."""
+    """Safe from several threads, and beside other processes: a reader never waits, writers wait for each other."""
 
     def __init__(self, path: Path, create: Facts | None = None) -> None:
         """Open `path`; with `create`, make it first if it is missing or empty. Raises: GalleryError."""
-        self._path, self._closed, self._lock = path, False, threading.Lock()
         if create is None and not path.is_file():
             raise GalleryError(f"{path}: no such file, so this is no gallery; make one with `simclr gallery add`")
-        with self._translated():
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        self._path, self._file = path, CatalogFile(path)
+        self._remembered = lru_cache(maxsize=_REMEMBERED_FILTERS)(self._read_ids)
         try:
-            self._open(create)
+            self.facts = prepare(self._file, create)
+            if (lost := self._lost()) is not None:
+                log.warning("%s", lost)
         except BaseException:
-            self._db.close()
+            self._file.close()
             raise
-        with self._session() as db:
-            facts = dict(db.execute("SELECT key, value FROM facts WHERE key <> ?", [_ENCODER_SPEC]))
-        self.facts = Facts(**{**facts, "embedding_dim": int(facts["embedding_dim"])})
+
+    def _lost(self) -> str | None:
+        """Which acknowledged transaction this file lacks, in words."""
+        noted = self._file.acknowledged()
+        if noted is None or self.has_change(Change(*noted)):
+            return None
+        return (
+            f"{self._path}: lacks transaction {noted[0]}, which was acknowledged; its last is {self.last_change().seq}: "
+            "an older copy, one without its -wal file, or a damaged one; add again what came after"
+        )
 
     @property
     def encoder_spec(self) -> str | None:
         """Where the encoder was last opened, a path or address; None if nobody said."""
-        with self._session() as db:
-            found = db.execute("SELECT value FROM facts WHERE key = ?", [_ENCODER_SPEC]).fetchone()
+        with self._file.reading() as db:
+            found = db.execute("SELECT value FROM facts WHERE key = ?", [ENCODER_SPEC]).fetchone()
         return str(found[0]) if found else None
 
     @encoder_spec.setter
     def encoder_spec(self, spec: str) -> None:
-        with self._session(write=True) as db:
-            db.execute(
-                "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", [_ENCODER_SPEC, spec]
-            )
-
-    def _open(self, create: Facts | None) -> None:
-        with self._session() as db:
-            if create is None or not self._is_empty(db):
-                self._check_ours(db)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA cache_size = -65536")  # KiB
-            db.execute("PRAGMA temp_store = MEMORY")  # a question must not fail because /tmp is full
-        if create is not None:
-            with self._session(write=True) as db:
-                if self._is_empty(db):  # another process may have been quicker
-                    for statement in _SCHEMA:
-                        db.execute(statement)
-                    db.executemany(
-                        "INSERT INTO facts VALUES (?, ?)", [(key, str(value)) for key, value in vars(create).items()]
-                    )
-
-    @staticmethod
-    def _is_empty(db: sqlite3.Connection) -> bool:
-        return bool(db.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,))
-
-    def _check_ours(self, db: sqlite3.Connection) -> None:
-        (application,) = db.execute("PRAGMA application_id").fetchone()
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if application != _APPLICATION_ID:
-            raise GalleryError(f"{self._path}: an SQLite file, but not a gallery's; give a folder made by `simclr gallery add`")
-        if version != SCHEMA_VERSION:
-            raise GalleryError(
-                f"{self._path}: has schema {version}, this simclr-serve reads {SCHEMA_VERSION}; install the one that made it"
-            )
+        with self._file.writing() as db:
+            db.execute("DELETE FROM facts WHERE key = ?", [ENCODER_SPEC])
+            db.execute(INSERT["facts"], sealed(ENCODER_SPEC, spec))
 
     def add(
         self, samples: Sequence[Sample], vectors_ND: NDArray[np.float32], extra: Mapping[str, Mapping[str, JsonValue]]
@@ -153,164 +119,222 @@ class Catalog:
         """
         if vectors_ND.shape != (len(samples), self.facts.embedding_dim):
             raise ValueError(f"vectors are {vectors_ND.shape}, wanted {(len(samples), self.facts.embedding_dim)}")
-        ids: list[int] = []
-        with self._session(write=True) as db:
-            seq = self._next_change(db)
-            for sample, vector in zip(samples, vectors_ND, strict=True):
-                more = json.dumps(dict(extra.get(sample.source, {})), allow_nan=False)
-                row = {**vars(sample), "seq": seq, "extra": more, "vector": vector.astype("<f4").tobytes()}
-                ids += _column(db.execute(_INSERT, row))
+        rows: dict[str, tuple[Sample, NDArray[np.float32]]] = {}
+        for sample, vector in zip(samples, vectors_ND, strict=True):
+            rows.setdefault(sample.source, (sample, vector))
+        with self._changing() as (db, seq):
+            for source in _sources(db, list(rows)):
+                del rows[source]
+            (first,) = db.execute(_NEXT_ID).fetchone()
+            ids = list(range(first, first + len(rows)))
+            fresh = list(zip(ids, rows.values(), strict=True))
+            items = [Item(i, **vars(sample), extra=dict(extra.get(sample.source, {}))) for i, (sample, _) in fresh]
+            db.executemany(INSERT["items"], map(_row, items))
+            db.executemany(INSERT["vectors"], [sealed(i, seq, seq, _blob(vector)) for i, (_, vector) in fresh])
         return ids
+
+    def update(self, item_id: int, vector_D: NDArray[np.float32], source: str | None = None) -> None:
+        """Give an item another vector and, if named, another source. Raises: GalleryError, and then nothing was changed."""
+        if vector_D.shape != (self.facts.embedding_dim,):
+            raise ValueError(f"vector is {vector_D.shape}, wanted {(self.facts.embedding_dim,)}")
+        if source is not None and (fault := name_fault(source)) is not None:
+            raise GalleryError(fault)
+        with self._changing() as (db, seq):
+            self._require(db, [item_id], "nothing was changed")
+            if source is not None:
+                for other in _column(db.execute("SELECT id FROM items WHERE source = ? AND id <> ?", [source, item_id])):
+                    raise GalleryError(f"{self._path.parent}: {source} is item {other}; nothing was changed")
+                _revise(db, [replace(item, source=source) for item in _items(db, [item_id])], ["source"])
+            (added,) = db.execute("SELECT added FROM vectors WHERE id = ?", [item_id]).fetchone() or (seq,)
+            db.execute("DELETE FROM vectors WHERE id = ?", [item_id])
+            db.execute(INSERT["vectors"], sealed(item_id, added, seq, _blob(vector_D)))
+
+    def relabel(self, ids: Sequence[int], **known: Unpack[Known]) -> None:
+        """Say anew what is known about items, in one transaction. Raises: GalleryError, and then nothing was changed."""
+        with self._changing() as (db, _):
+            self._require(db, ids, "nothing was changed")
+            for start in range(0, len(ids), _BLOCK_ROWS):
+                items = _items(db, ids[start : start + _BLOCK_ROWS])
+                _revise(db, [_relabelled(item, known) for item in items], known)
 
     def remove(self, ids: Sequence[int]) -> None:
         """Remove items in one transaction. Raises: GalleryError naming unknown ids, and then nothing was removed."""
-        wanted = json.dumps(ids)
-        with self._session(write=True) as db:
-            known = set(_column(db.execute(f"SELECT id FROM items WHERE id {_AMONG}", [wanted])))
-            if unknown := sorted(set(ids) - known):
-                raise GalleryError(f"{self._path.parent}: no item with id {_listed(unknown)}; nothing was removed")
-            seq = self._next_change(db)
-            db.execute(f"INSERT INTO removed (id, seq) SELECT id, ? FROM items WHERE id {_AMONG}", [seq, wanted])
-            db.execute(f"DELETE FROM items WHERE id {_AMONG}", [wanted])
+        with self._changing() as (db, seq):
+            self._require(db, ids, "nothing was removed")
+            db.executemany(INSERT["removed"], [sealed(item_id, seq) for item_id in set(ids)])
+            for table in ("vectors", "items"):
+                db.execute(f"DELETE FROM {table} WHERE id {_AMONG}", [json.dumps(ids)])
+
+    def _require(self, db: sqlite3.Connection, ids: Sequence[int], otherwise: str) -> None:
+        known = set(_column(db.execute(f"SELECT id FROM items WHERE id {_AMONG}", [json.dumps(ids)])))
+        if unknown := sorted(set(ids) - known):
+            listed = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            raise GalleryError(f"{self._path.parent}: no item with id {listed}; {otherwise}")
 
     def __len__(self) -> int:
-        with self._session() as db:
-            (count,) = db.execute("SELECT count(*) FROM items").fetchone()
+        return self.count(EVERYTHING)
+
+    def count(self, where: Where) -> int:
+        """How many items pass."""
+        condition, parameters = where.sql()
+        with self._file.reading() as db:
+            (count,) = db.execute(f"SELECT count(*) FROM items WHERE {condition}", parameters).fetchone()
         return int(count)
 
     def items(self, where: Where, limit: int | None = None, offset: int = 0) -> list[Item]:
         """Items in the order they were added."""
         condition, parameters = where.sql()
         query = f"SELECT {_COLUMNS} FROM items WHERE {condition} ORDER BY id LIMIT ? OFFSET ?"
-        with self._session() as db:
+        with self._file.reading() as db:
             return [_item(row) for row in db.execute(query, [*parameters, -1 if limit is None else limit, offset])]
 
     def ids(self, where: Where) -> NDArray[np.int64]:
-        """Ids of the items that pass, growing."""
-        condition, parameters = where.sql()
-        with self._session() as db:  # as one text: fetching 100,000 rows one by one takes four times as long
-            (text,) = db.execute(f"SELECT group_concat(id) FROM items WHERE {condition}", parameters).fetchone()
-        return np.sort(np.fromstring(text or "", np.int64, sep=","))
+        """Ids of the items that pass, growing; not to be written into, for they are remembered until something changes."""
+        return self._remembered(where, self.last_change())
 
-    def lookup(self, ids: Sequence[int]) -> dict[int, Item]:
-        """Those of these items that exist."""
-        with self._session() as db:
-            rows = db.execute(f"SELECT {_COLUMNS} FROM items WHERE id {_AMONG}", [json.dumps(ids)])
-            return {row[0]: _item(row) for row in rows}
+    def _read_ids(self, where: Where, _: Change) -> NDArray[np.int64]:
+        condition, parameters = where.sql()
+        with self._file.reading() as db:  # as one text: fetching 100,000 rows one by one takes four times as long
+            (text,) = db.execute(f"SELECT group_concat(id) FROM items WHERE {condition}", parameters).fetchone()
+        ids = np.sort(np.fromstring(text or "", np.int64, sep=","))
+        ids.flags.writeable = False
+        return ids
+
+    def lookup(self, ids: Sequence[int], where: Where = EVERYTHING) -> dict[int, Item]:
+        """Those of these items that exist and pass."""
+        condition, parameters = where.sql()
+        with self._file.reading() as db:
+            return {item.id: item for item in _items(db, ids, f"AND {condition}", parameters)}
 
     def vector(self, item_id: int) -> NDArray[np.float32] | None:
         """The vector (D,) of one item; None if there is no such item."""
-        with self._session() as db:
-            blobs = _column(db.execute(f"SELECT vector FROM items WHERE id {_AMONG}", [json.dumps([item_id])]))
-        return np.frombuffer(blobs[0], "<f4").copy() if blobs else None
+        with self._file.reading() as db:
+            found = db.execute("SELECT vector FROM vectors WHERE id = ?", [item_id]).fetchone()
+        return np.frombuffer(found[0], "<f4").copy() if found else None
 
-    def known_sources(self, sources: Iterable[str], block: int = 10_000) -> list[str]:
+    def known_sources(self, sources: Iterable[str]) -> list[str]:
         """Those of these sources that are in the catalog."""
         wanted, known = list(sources), list[str]()
-        for start in range(0, len(wanted), block):
-            with self._session() as db:
-                some = json.dumps(wanted[start : start + block])
-                known += _column(db.execute(f"SELECT source FROM items WHERE source {_AMONG}", [some]))
+        for start in range(0, len(wanted), _BLOCK_ROWS):
+            with self._file.reading() as db:
+                known += _sources(db, wanted[start : start + _BLOCK_ROWS])
         return known
 
     def distinct(self, field: str) -> list[str]:
         """The values of a text field, sorted naturally (2 before 10)."""
         if field not in TEXT_FIELDS:
             raise GalleryError(f"distinct: got field {field!r}, wanted one of {', '.join(TEXT_FIELDS)}")
-        with self._session() as db:
+        with self._file.reading() as db:
             values = _column(db.execute(f"SELECT DISTINCT {field} FROM items WHERE {field} IS NOT NULL"))
         return sorted(values, key=natural_key)
 
     def last_change(self) -> Change:
         """The newest transaction."""
-        with self._session() as db:
+        with self._file.reading() as db:
             row = db.execute("SELECT seq, stamp FROM changes ORDER BY seq DESC LIMIT 1").fetchone()
         return Change(*row) if row else Change(0, "")
 
     def has_change(self, change: Change) -> bool:
         """Whether this history contains `change`."""
-        with self._session() as db:
+        with self._file.reading() as db:
             return db.execute("SELECT 1 FROM changes WHERE (seq, stamp) = (?, ?)", change).fetchone() is not None
 
     def vectors(self, after: int, upto: int, rows: int = 4096) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Ids and vectors (n, D) of what transactions `after` < seq <= `upto` added and is still there, in blocks."""
+        """Ids and vectors (n, D) of items that `upto` knew of and whose vector was set since `after`, in blocks of `rows`.
+
+        The vectors are those of now: one that was set again after `upto` comes as well, lest its item be missing meanwhile.
+        """
         # A vector of the wrong size is left out: it must not keep the rest from being served, and `verify` names it.
-        query = (
-            "SELECT seq, id, vector FROM items WHERE (seq, id) > (?, ?) AND seq <= ? AND length(vector) = ?"
-            " ORDER BY seq, id LIMIT ?"
-        )
-        dim, last = self.facts.embedding_dim, (after, 2**63 - 1)
-        while True:
-            with self._session() as db:
-                block = db.execute(query, [*last, upto, 4 * dim, rows]).fetchall()
-            if not block:
-                return
-            last = block[-1][:2]
-            vectors = np.frombuffer(b"".join(row[2] for row in block), "<f4").reshape(-1, dim)
-            yield np.array([row[1] for row in block], np.int64), vectors
+        query = "SELECT id, vector FROM vectors WHERE seq > ? AND added <= ? AND length(vector) = ? ORDER BY seq, id"
+        dim = self.facts.embedding_dim
+        with self._file.reading() as db:
+            cursor = db.execute(query, [after, upto, 4 * dim])
+            while block := cursor.fetchmany(rows):
+                vectors = np.frombuffer(b"".join(blob for _, blob in block), "<f4").reshape(-1, dim)
+                yield np.array([item_id for item_id, _ in block], np.int64), vectors
 
     def removed(self, after: int, upto: int) -> NDArray[np.int64]:
         """Ids of what transactions `after` < seq <= `upto` removed."""
-        with self._session() as db:
+        with self._file.reading() as db:
             found = _column(db.execute("SELECT id FROM removed WHERE seq > ? AND seq <= ?", [after, upto]))
         return np.asarray(found, np.int64)
 
     def problems(self) -> list[str]:
-        """What is wrong with the file: SQLite's own check, and vectors of the wrong size."""
-        dim = self.facts.embedding_dim
-        with self._session() as db:
-            found = [f"catalog: {line}" for line in _column(db.execute("PRAGMA integrity_check")) if line != "ok"]
-            odd = db.execute("SELECT id, length(vector) FROM items WHERE length(vector) != ?", [4 * dim])
-            return found + [f"item {item_id}: vector of {size} bytes, wanted {4 * dim}" for item_id, size in odd]
+        """What is wrong, one line each: lost transactions, SQLite's own check, rows that differ from their checksum."""
+        lost = self._lost()
+        return ([] if lost is None else [lost]) + problems(self._file, self.facts.embedding_dim)
+
+    def repair(self) -> None:
+        """Derive SQLite's own indexes anew from the tables. Raises: GalleryError."""
+        with self._file.writing() as db:
+            db.execute("REINDEX")
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
-        with self._lock, self._translated():
-            self._closed = True
-            self._db.close()
-
-    @staticmethod
-    def _next_change(db: sqlite3.Connection) -> int:
-        (seq,) = _column(db.execute("INSERT INTO changes (stamp) VALUES (lower(hex(randomblob(8)))) RETURNING seq"))
-        return int(seq)
+        self._file.close()
 
     @contextmanager
-    def _session(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
-        """The connection, for one thread at a time; a write session is one transaction."""
-        with self._lock, self._translated():
-            if self._closed:
-                raise GalleryError(f"{self._path.parent}: this gallery has been closed; open it again")
-            try:
-                if write:
-                    self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                if write:
-                    self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.rollback()
+    def _changing(self) -> Iterator[tuple[sqlite3.Connection, int]]:
+        """A transaction and its sequence number."""
+        stamp = secrets.token_hex(8)
+        with self._file.writing() as db:
+            (seq,) = db.execute("SELECT 1 + coalesce(max(seq), 0) FROM changes").fetchone()
+            db.execute(INSERT["changes"], sealed(seq, stamp))
+            yield db, seq
+        self._file.acknowledge(seq, stamp)
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """SQLite's errors, once, as ours."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            hint = "is the disk full or read-only, or the file no gallery's? what was added before is kept"
-            raise GalleryError(f"{self._path}: SQLite says: {error}; {hint}") from error
+
+def _items(db: sqlite3.Connection, ids: Sequence[int], condition: str = "", parameters: Sequence[Any] = ()) -> list[Item]:
+    # NOT INDEXED leaves the way by id alone: SQLite might take it to be quicker to look at every item of one camera.
+    query = f"SELECT {_COLUMNS} FROM items NOT INDEXED WHERE id {_AMONG} {condition}"
+    return [_item(row) for row in db.execute(query, [json.dumps(ids), *parameters])]
+
+
+def _sources(db: sqlite3.Connection, sources: Sequence[str]) -> list[str]:
+    return _column(db.execute(f"SELECT source FROM items WHERE source {_AMONG}", [json.dumps(sources)]))
 
 
 def _item(row: tuple[Any, ...]) -> Item:
     *columns, extra = row
-    return Item(*[*columns, json.loads(extra)])
+    try:
+        return Item(*[*columns, json.loads(extra)])
+    except ValueError as error:
+        raise GalleryError(f"item {columns[0]}: changed on the disk ({error}); see `simclr gallery verify`") from error
+
+
+def _row(item: Item) -> tuple[object, ...]:
+    """An item as it is stored. Raises: GalleryError if it cannot be."""
+    try:
+        time = None if item.time is None else float(item.time)
+        if time is not None and not math.isfinite(time):
+            raise ValueError(f"time is {time}")
+        extra = json.dumps(item.extra, allow_nan=False)
+        return sealed(item.id, item.source, item.label, item.identity, item.camera, time, extra)
+    except (ValueError, TypeError) as error:
+        wanted = "wanted text in UTF-8, a number of seconds as time, JSON as extra; nothing was changed"
+        raise GalleryError(f"{printable(item.source)}: cannot be stored ({error}); {wanted}") from error
+
+
+def _revise(db: sqlite3.Connection, items: Iterable[Item], columns: Iterable[str]) -> None:
+    """Store these columns of items anew."""
+    assignments = ", ".join(f"{column} = :{column}" for column in (*columns, "checksum"))
+    rows = [dict(zip((*COLUMNS["items"], "checksum"), _row(item), strict=True)) for item in items]
+    db.executemany(f"UPDATE items SET {assignments} WHERE id = :id", rows)
+
+
+def _relabelled(item: Item, known: Known) -> Item:
+    said = known.get("extra", {})
+    extra = {**item.extra, **said}
+    kept = {key: value for key, value in extra.items() if value is not None or key not in said}
+    return Item(**{**vars(item), **known, "extra": kept})
+
+
+def _blob(vector_D: NDArray[np.float32]) -> bytes:
+    return vector_D.astype("<f4").tobytes()
 
 
 def _column(cursor: sqlite3.Cursor) -> list[Any]:
     return [row[0] for row in cursor]
-
-
-def _listed(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
 
 
 def natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:

@@ -1,40 +1,28 @@
-"""A gallery: pictures, what is known about them, and the search over their vectors. Catalog + index + encoder.
-
-GALLERY/catalog.sqlite is the truth; index.faiss is derived from it; gallery.json is a copy, for people and other programs,
-of the manifest of the encoder that made the vectors.
-"""
+"""A gallery: pictures, what is known about them, and the search over their vectors. Catalog + index + encoder."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeAlias, cast
+from typing import Self, TypeAlias, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from serve.catalog import Catalog, Facts, Item
-from serve.encoder import Encoder, Picture
-from serve.errors import EncoderMismatch, GalleryError
-from serve.files import atomic_path
+from serve.catalog import Catalog, Item, Known
+from serve.encoder import Encoder
+from serve.errors import GalleryError
 from serve.filters import Where, parse_where
+from serve.gallery_folder import CATALOG_NAME, INDEX_NAME, bytes_on_disk, check_encoder, prepare_folder, tidy
 from serve.index import Index, unit_vectors
+from serve.index_choice import IndexLimits
+from serve.pictures import Picture
+from serve.search import Hit, Searcher
 from serve.sources import Sample, Unreadable, name_fault, printable, read_batches
 
-CATALOG_NAME, INDEX_NAME, MANIFEST_COPY_NAME = "catalog.sqlite", "index.faiss", "gallery.json"
-log = logging.getLogger(__name__)
-
 _Batch: TypeAlias = tuple[list[Sample], NDArray[np.float32], list[Unreadable]]
-
-
-@dataclass(frozen=True)
-class Hit(Item):
-    """An item found; `score` is its cosine with the query, in [-1, 1]."""
-
-    score: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +44,8 @@ class GalleryInfo:
     encoder_name: str
     index: str
     """The state of the index, in words."""
+    index_report: str
+    """What was measured when it was chosen, as a table; empty as long as search is exact."""
     bytes_on_disk: int
 
 
@@ -66,6 +56,7 @@ class Gallery:
         self.folder, self.encoder = folder, encoder
         self._catalog = catalog
         self._index = Index(catalog, folder / INDEX_NAME)
+        self._searcher = Searcher(catalog, self._index)
 
     @classmethod
     def open(cls, uri: str | Path, encoder: Encoder | None = None, *, create: bool = False) -> Self:
@@ -77,13 +68,13 @@ class Gallery:
         if "://" in str(uri):
             raise GalleryError(f"{uri}: galleries are folders here; give the path of a folder")
         folder = Path(uri)
-        facts = _prepare_folder(folder, encoder) if create else None
+        facts = prepare_folder(folder, encoder) if create else None
         if not folder.is_dir():
             raise GalleryError(f"{folder}: no such gallery; make one: simclr gallery add {folder} --images SRC --encoder ENC")
         catalog = Catalog(folder / CATALOG_NAME, facts)
         try:
-            _check_encoder(folder, catalog.facts, encoder)
-            _copy_manifest(folder / MANIFEST_COPY_NAME, catalog.facts.manifest)
+            check_encoder(folder, catalog.facts, encoder)
+            tidy(folder, catalog.facts.manifest)
             return cls(folder, catalog, encoder)
         except BaseException:
             catalog.close()
@@ -148,6 +139,22 @@ class Gallery:
         for good, pixels, bad in read_batches(samples, encoder.manifest.preprocess, batch_size):
             yield good, unit_vectors(encoder.embed(list(pixels)), self._dim, "the encoder's vectors"), bad
 
+    def update(self, item_id: int, picture: Picture | NDArray[np.floating], *, source: str | None = None) -> None:
+        """Give an item the vector of another picture, or a vector (D,), and another source if one is named.
+
+        Raises: GalleryError, ImageError; nothing is changed then.
+        """
+        vector_D = self._vector_of(picture, "the new vector", "to update an item by a picture")
+        self._catalog.update(int(item_id), vector_D, source)
+        self._index.catch_up()
+
+    def relabel(self, ids: Iterable[int], **known: Unpack[Known]) -> None:
+        """Say anew what is known about items: label, identity, camera, time, extra; all of them or, on a GalleryError, none.
+
+        None makes a fact unknown. `extra` is laid over what is there; what it has None for goes.
+        """
+        self._catalog.relabel([int(item_id) for item_id in ids], **known)
+
     def remove(self, ids: Iterable[int]) -> None:
         """Remove items; their ids are never used again. Raises: GalleryError naming unknown ids; nothing is removed then."""
         self._catalog.remove([int(item_id) for item_id in ids])
@@ -159,33 +166,53 @@ class Gallery:
         k: int = 10,
         where: str | Where | None = None,
         exclude_ids: Iterable[int] = (),
+        *,
+        offset: int = 0,
     ) -> list[Hit]:
         """The `k` items most similar to a picture or a vector (D,), best first; fewer only if fewer pass `where`.
 
-        Filtered search is exact: the nearest of those allowed, not what is left of the nearest.
-        Raises: GalleryError, ImageError.
+        Filtered search finds the nearest of those allowed, not what is left of the nearest. `offset` skips the best so many,
+        for the next page; equal scores stand in the order of their ids. Raises: GalleryError, ImageError.
         """
-        if k < 1:
-            raise GalleryError(f"search: k is {k}, wanted 1 or more")
-        query_D = self._query_vector(query)
-        excluded = np.array([int(item_id) for item_id in exclude_ids], np.int64)
-        wanted = _where(where)
-        while True:
-            allowed = self.ids(wanted) if wanted.conditions else None  # before catching up: the index then holds all of them
-            self._index.catch_up()
-            scores, ids = self._index.search(query_D, k, allowed=allowed, excluded=excluded)
-            items = self._catalog.lookup(ids.tolist())
-            if len(items) == len(ids):  # else one was removed meanwhile, and another deserves its place
-                return [Hit(**vars(items[i]), score=s) for i, s in zip(ids.tolist(), scores.clip(-1, 1).tolist(), strict=True)]
+        _check_page(k, offset)
+        return self._searcher.best(self._query(query), k + offset, _where(where), _ids(exclude_ids))[offset:]
 
-    def _query_vector(self, query: Picture | NDArray[np.floating]) -> NDArray[np.float32]:
-        if isinstance(query, np.ndarray) and query.ndim != 3:  # three axes are a prepared picture
-            rows = unit_vectors(query[None], self._dim, "query")
+    def within(
+        self,
+        query: Picture | NDArray[np.floating],
+        threshold: float,
+        where: str | Where | None = None,
+        limit: int | None = None,
+        exclude_ids: Iterable[int] = (),
+        *,
+        offset: int = 0,
+    ) -> list[Hit]:
+        """The items whose score is `threshold` or more, `limit` at most; as `search`. Raises: GalleryError, ImageError."""
+        if not -1 <= threshold <= 1:
+            raise GalleryError(f"search: threshold is {threshold}, wanted -1 to 1")
+        _check_page(limit, offset)
+        most = None if limit is None else limit + offset
+        return self._searcher.within(self._query(query), threshold, _where(where), most, _ids(exclude_ids))[offset:]
+
+    def search_many(
+        self, queries_QD: NDArray[np.floating], k: int = 10, where: str | Where | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores (Q, k), falling, and ids (Q, k) for many vectors; -inf and -1 where fewer pass. Raises: GalleryError."""
+        _check_page(k)
+        return self._searcher.many(unit_vectors(queries_QD, self._dim, "queries"), k, _where(where))
+
+    def _query(self, query: Picture | NDArray[np.floating]) -> NDArray[np.float32]:
+        return self._vector_of(query, "query", "to search by picture")
+
+    def _vector_of(self, picture: Picture | NDArray[np.floating], name: str, purpose: str) -> NDArray[np.float32]:
+        """The unit vector (D,) of a picture, or of a vector."""
+        if isinstance(picture, np.ndarray) and picture.ndim != 3:  # three axes are a prepared picture
+            rows = unit_vectors(picture[None], self._dim, name)
         else:
-            picture = cast("Picture", query)
-            rows = unit_vectors(self._need_encoder("to search by picture").embed([picture]), self._dim, "the encoder's vector")
-        query_D: NDArray[np.float32] = rows[0]
-        return query_D
+            rows = self._need_encoder(purpose).embed([cast("Picture", picture)])
+            rows = unit_vectors(rows, self._dim, "the encoder's vector")
+        vector_D: NDArray[np.float32] = rows[0]
+        return vector_D
 
     def __len__(self) -> int:
         return len(self._catalog)
@@ -204,6 +231,10 @@ class Gallery:
     def ids(self, where: str | Where | None = None) -> NDArray[np.int64]:
         """Ids (n,) of the items that pass `where`, growing."""
         return self._catalog.ids(_where(where))
+
+    def count(self, where: str | Where | None = None) -> int:
+        """How many items pass `where`."""
+        return self._catalog.count(_where(where))
 
     def vector(self, item_id: int) -> NDArray[np.float32]:
         """The unit vector (D,) of an item. Raises: GalleryError if it does not exist."""
@@ -224,18 +255,32 @@ class Gallery:
             embedding_dim=facts.embedding_dim,
             encoder_id=facts.encoder_id,
             encoder_name=facts.encoder_name,
-            index=f"exact, {len(self._index):,} vectors, {self._index.unsaved:,} changes not yet in {INDEX_NAME}",
-            bytes_on_disk=sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file()),
+            index=self._index.describe(),
+            index_report=self._index.report(),
+            bytes_on_disk=bytes_on_disk(self.folder),
         )
 
     def rebuild(self) -> None:
         """Derive the index anew from the catalog, and save it. Raises: GalleryError."""
         self._index.rebuild()
-        self._index.save()
+
+    @property
+    def limits(self) -> IndexLimits:
+        """What the index is chosen by."""
+        return self._index.limits
+
+    def tune(self, limits: IndexLimits) -> None:
+        """Choose the index anew, by measuring, under other limits, which stay. Raises: GalleryError."""
+        self._index.rebuild(limits)
 
     def verify(self) -> list[str]:
-        """What is wrong, one line each: the catalog's file, sizes and lengths of vectors, index against catalog."""
+        """What is wrong, one line each: the catalog's file, every row and vector of it, index against catalog."""
         return self._catalog.problems() + self._index.problems()
+
+    def repair(self) -> None:
+        """Derive anew all that is derived: SQLite's own indexes and the index of vectors. Raises: GalleryError."""
+        self._catalog.repair()
+        self.rebuild()
 
     def save(self) -> None:
         """Write the index, so that the next opening has nothing to replay. Raises: GalleryError; nothing is lost then."""
@@ -243,11 +288,7 @@ class Gallery:
 
     def close(self) -> None:
         """Close; the index is saved if that spares the next opening much. Never loses anything: the catalog has it all."""
-        if self._index.unsaved * 10 > len(self._index):  # replaying the last tenth costs less than writing all anew
-            try:
-                self._index.save()
-            except GalleryError as error:
-                log.warning("%s", error)
+        self._index.close()
         self._catalog.close()
 
     def __enter__(self) -> Self:
@@ -270,46 +311,17 @@ def _where(where: str | Where | None) -> Where:
     return where if isinstance(where, Where) else parse_where(where or "")
 
 
+def _check_page(k: int | None, offset: int = 0) -> None:
+    if k is not None and k < 1:
+        raise GalleryError(f"search: k is {k}, wanted 1 or more")
+    if offset < 0:
+        raise GalleryError(f"search: offset is {offset}, wanted 0 or more")
+
+
+def _ids(ids: Iterable[int]) -> NDArray[np.int64]:
+    return np.fromiter(ids, np.int64)
+
+
 def _cut(samples: list[Sample], vectors_ND: NDArray[np.float32], batch_size: int) -> Iterator[_Batch]:
     for start in range(0, len(samples), batch_size):
         yield samples[start : start + batch_size], vectors_ND[start : start + batch_size], []
-
-
-def _prepare_folder(folder: Path, encoder: Encoder | None) -> Facts | None:
-    """Make an empty folder for a gallery, unless it is one. Raises: GalleryError if something else is there."""
-    catalog = folder / CATALOG_NAME
-    exists = catalog.is_file() and catalog.stat().st_size > 0
-    if encoder is None:
-        if exists:
-            return None
-        raise GalleryError(f"{folder}: a new gallery needs the encoder that will make its vectors; give --encoder ENC")
-    if folder.exists() and not folder.is_dir():
-        raise GalleryError(f"{folder}: is a file; a gallery is a folder, give another name")
-    ours = (".", CATALOG_NAME, "lost+found")
-    others = (
-        []
-        if exists or not folder.exists()
-        else sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours))
-    )
-    if others:
-        raise GalleryError(f"{folder}: holds {others[0]} and no catalog, so it is no gallery; give a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = encoder.manifest
-    return Facts(encoder.encoder_id, manifest.name, manifest.embedding_dim, manifest.model_dump_json(indent=2))
-
-
-def _check_encoder(folder: Path, facts: Facts, encoder: Encoder | None) -> None:
-    if encoder is not None and encoder.encoder_id != facts.encoder_id:
-        raise EncoderMismatch(
-            f"{folder}: its vectors are of encoder {facts.encoder_id} ({facts.encoder_name}), this is {encoder.encoder_id} "
-            f"({encoder.manifest.name}); use the former, or embed anew: simclr gallery add NEW --images SRC --encoder ENC"
-        )
-
-
-def _copy_manifest(path: Path, manifest: str) -> None:
-    try:
-        if not path.is_file() or path.read_text() != manifest:
-            with atomic_path(path) as temporary:
-                temporary.write_text(manifest)
-    except OSError as error:  # only a copy: a full disk must not keep anyone from searching
-        log.warning("%s: not written (%s)", path, error.strerror)

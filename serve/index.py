@@ -1,31 +1,43 @@
-"""The fast copy of a gallery's vectors: FAISS, exact inner product of unit vectors (cosine), derived from the catalog.
+"""The fast copy of a gallery's vectors: FAISS and exact scores, derived from the catalog; may be deleted at any time.
 
-The file ends in a trailer that names the last transaction it holds. Index and number are one file, so one rename moves
-both, and a crash cannot part them. A file that is damaged, or of another history, is built anew from the catalog.
+On disk, in the folder, is a base: a picture of the catalog that never changes, mapped into memory. In memory is what came after
+it: a few rows, and which of the base's are dead. When that has become much, a new base is written in the background and takes
+the old one's place. A search works on the state it finds, and waits neither for that nor for other searches.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import shutil
 import threading
-import zlib
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import faiss
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.catalog import Catalog, Change
+from serve.catalog import Catalog
 from serve.errors import GalleryError
-from serve.files import atomic_path
+from serve.index_base import Base, damage, folders, newest, open_base
+from serve.index_build import build, extend
+from serve.index_choice import IndexLimits, Work
+from serve.index_lock import exclusive
+from serve.index_report import table
+from serve.index_segment import Found
+from serve.index_state import MANY_ROWS, State
 
-# FAISS's type stubs miss what its Python layer adds: hence the "type: ignore" below.
 log = logging.getLogger(__name__)
 
-_TRAILER_BYTES = 256
-_FORMAT = "simclr-index-1"
+_BLOCK_QUERIES = 1024
+_RETRY_S = 60
+_LOCK_NAME = "lock"
+
+
+class _Stopped(Exception):
+    """Closed while a base was being written."""
 
 
 def unit_vectors(vectors: ArrayLike, dim: int, what: str = "vectors") -> NDArray[np.float32]:
@@ -44,157 +56,186 @@ def unit_vectors(vectors: ArrayLike, dim: int, what: str = "vectors") -> NDArray
 
 
 class Index:
-    """Exact search over the catalog's vectors. Safe from several threads: one at a time."""
+    """Search over the catalog's vectors. Safe from several threads, and beside other processes."""
 
-    def __init__(self, catalog: Catalog, path: Path) -> None:
-        """Load `path` if it can be trusted, else start empty; then replay what the catalog has beyond it."""
-        self._catalog, self._path, self._lock = catalog, path, threading.RLock()
-        self._clear()
-        self._load()
+    def __init__(self, catalog: Catalog, folder: Path, limits: IndexLimits | None = None) -> None:
+        """Map the newest base that can be trusted, and replay what the catalog has beyond it.
+
+        `limits`: those of the base unless given. Raises: GalleryError.
+        """
+        self._catalog, self._folder = catalog, folder
+        self._changing, self._writing, self._starting = threading.Lock(), threading.Lock(), threading.Lock()
+        self._stopping, self._not_before = threading.Event(), 0.0
+        self._worker: threading.Thread | None = None
+        base = newest(folder, catalog)
+        self.limits = limits or (base.header.limits if base else IndexLimits())
+        self._state = State.of(base, catalog.facts.embedding_dim)
+        if base is None and len(catalog) > MANY_ROWS:  # too many for memory; choosing an index for them can wait
+            self._save_or_warn()
         self.catch_up()
 
-    def _clear(self) -> None:
-        self._faiss: Any = faiss.IndexIDMap2(faiss.IndexFlatIP(self._catalog.facts.embedding_dim))
-        self._at, self._unsaved = Change(0, ""), 0
-
-    def _load(self) -> None:
-        if not self._path.exists():
-            if len(self._catalog):
-                log.info("%s: missing; built anew from the catalog", self._path)
-            return
-        try:
-            change = _checked_change(self._path)
-            if not self._catalog.has_change(change):
-                raise ValueError("belongs to another gallery, or to another past of this one")
-            self._faiss = faiss.read_index(str(self._path))
-            self._at = change
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            log.warning("%s: not usable (%s); built anew from the catalog", self._path, error)
-            self._clear()
+    def __len__(self) -> int:
+        return len(self._state)
 
     def catch_up(self) -> None:
         """Replay the transactions that this index lacks, of this process or any other."""
-        with self._lock:
-            last = self._catalog.last_change()
-            if last == self._at:
-                return
-            try:
-                for ids, vectors in self._catalog.vectors(self._at.seq, last.seq):
-                    self._faiss.add_with_ids(vectors, ids)
-                    self._unsaved += len(ids)
-                removed = self._catalog.removed(self._at.seq, last.seq)
-                if len(removed):  # ids that came and went in between are not in the index: FAISS skips them
-                    self._faiss.remove_ids(removed)
-                    self._unsaved += len(removed)
-            except BaseException:
-                self._clear()  # half replayed; the next call starts from the beginning
-                raise
-            self._at = last
-
-    def rebuild(self) -> None:
-        """Forget everything and read the catalog from the beginning."""
-        with self._lock:
-            self._clear()
-            self.catch_up()
+        if self._catalog.last_change() != self._state.at:
+            with self._changing:
+                self._state = self._state.caught_up(self._catalog)
+                self._state = self._state.settled()
+        if self._state.due:
+            self._start_worker()
 
     def search(
         self,
-        query_D: NDArray[np.float32],
+        queries_QD: NDArray[np.float32],
         k: int,
         *,
         allowed: NDArray[np.int64] | None = None,
         excluded: NDArray[np.int64] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The `k` nearest by inner product, exact also over the `allowed` ids; equal scores in the order of ids.
+    ) -> Found:
+        """The `k` nearest by cosine, of the `allowed` ids if given (growing), without those `excluded`.
 
-        Returns: scores (n,) falling and ids (n,), where n = min(k, items that may be found).
+        An `allowed` array that cannot be written into is remembered. A single query runs on one core, many on all.
+        Returns: scores (Q, n) falling and ids (Q, n), n <= k, equal scores by growing id; -inf and -1 where there are fewer.
         """
-        with self._lock:
-            faiss.omp_set_num_threads(1)  # this thread's: one query is no work to share, and waiting for the others costs 100 x
-            parameters = faiss.SearchParameters(sel=_selector(allowed, excluded))  # type: ignore[call-arg]
-            scores, ids = self._faiss.search(query_D[None], max(1, min(k, self._faiss.ntotal)), params=parameters)
-        found = ids[0] >= 0  # FAISS fills up with -1
-        scores, ids = scores[0][found], ids[0][found]
-        order = np.lexsort((ids, -scores))
-        return scores[order], ids[order]
-
-    def __len__(self) -> int:
-        with self._lock:
-            return int(self._faiss.ntotal)
+        faiss.omp_set_num_threads(1 if len(queries_QD) == 1 else _cores())  # this thread's; one query is no work to share
+        state = self._state
+        if len(queries_QD) <= _BLOCK_QUERIES:
+            return state.search(queries_QD, k, allowed, excluded)
+        blocks = range(0, len(queries_QD), _BLOCK_QUERIES)
+        found = [state.search(queries_QD[start : start + _BLOCK_QUERIES], k, allowed, excluded) for start in blocks]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([ids for _, ids in found])
 
     @property
     def unsaved(self) -> int:
-        """How many additions and removals the file lacks."""
-        return self._unsaved
+        """How many rows to add and to bury the base on disk lacks."""
+        state = self._state
+        return state.waiting + state.buried
 
-    def problems(self) -> list[str]:
-        """Where this copy differs from the catalog, and vectors that are not of unit length; the first few of each block."""
-        found: list[str] = []
-        with self._lock:
-            self.catch_up()
-            held = set(faiss.vector_to_array(self._faiss.id_map).tolist())
-            for ids, vectors in self._catalog.vectors(0, self._at.seq):
-                missing = ~np.isin(ids, list(held & set(ids.tolist())))
-                copies = (
-                    np.stack([self._faiss.reconstruct(int(i)) for i in ids[~missing]]) if not missing.all() else vectors[:0]
-                )
-                off = np.abs(np.linalg.norm(vectors, axis=1) - 1) > 1e-3
-                differs = (copies != vectors[~missing]).any(axis=1)
-                found += [f"item {i}: missing from the index" for i in ids[missing]]
-                found += [f"item {i}: the index holds another vector" for i in ids[~missing][differs]]
-                found += [f"item {i}: vector is not of unit length" for i in ids[off]]
-                held -= set(ids.tolist())
-        return found + [f"item {i}: in the index, not in the catalog" for i in sorted(held)]
+    def describe(self) -> str:
+        """What it is, in one line."""
+        state = self._state
+        method = "exact" if state.base is None else str(state.base.header.method)
+        return f"{method}; {len(state):,} vectors, {self.unsaved:,} changes not yet in {self._folder.name}/"
+
+    def report(self) -> str:
+        """What was measured when the index was chosen, as a table; empty as long as search is exact."""
+        base = self._state.base
+        return "" if base is None else table(base.header.report, base.header.limits)
 
     def save(self) -> None:
-        """Write the file whole, with its trailer. Raises: GalleryError, and then the old file stays."""
-        with self._lock:
-            try:
-                with atomic_path(self._path) as temporary, temporary.open("wb") as file:
-                    _write(self._faiss, self._at, file)
-            except OSError as error:
-                raise GalleryError(
-                    f"{self._path}: not saved ({error.strerror}); nothing is lost: the catalog has it all; free some space"
-                ) from error
-            self._unsaved = 0
+        """Write what the base on disk lacks, and choose nothing. Raises: GalleryError; nothing is lost then."""
+        self._write(self._saved, _cores())
+
+    def compact(self) -> None:
+        """Write a new base if one is due, with an index chosen anew if the old one is outgrown. Raises: GalleryError."""
+        self._write(self._renewed, _cores())
+
+    def rebuild(self, limits: IndexLimits | None = None) -> None:
+        """Derive all anew from the catalog, and choose the index by measuring. Raises: GalleryError."""
+        self.limits = limits or self.limits
+        self._write(self._rebuilt, _cores())
+
+    def close(self) -> None:
+        """Stop what is going on in the background; save if that spares the next opening much."""
+        self._stopping.set()
+        if self._worker is not None:
+            self._worker.join()
+        self._stopping.clear()
+        if self.unsaved * 10 > len(self):  # replaying the last tenth costs less than writing all anew
+            self._save_or_warn()
+
+    def problems(self) -> list[str]:
+        """Where this copy differs from the catalog or from what was written, and vectors that are not of unit length."""
+        self.catch_up()
+        state = self._state
+        found = [problem for folder in folders(self._folder) for problem in damage(folder)]
+        seen = [np.empty(0, np.int64)]
+        for ids, vectors_ND in self._catalog.vectors(0, state.at.seq):
+            there, copies_ND = state.lookup(ids)
+            off = np.abs(np.linalg.norm(vectors_ND, axis=1) - 1) > 1e-3
+            differs = there & (copies_ND != vectors_ND).any(axis=1)
+            found += [f"item {i}: missing from the index" for i in ids[~there]]
+            found += [f"item {i}: the index holds another vector" for i in ids[differs]]
+            found += [f"item {i}: vector is not of unit length" for i in ids[off]]
+            seen.append(ids)
+        extra = np.setdiff1d(state.ids(), np.concatenate(seen))
+        return found + [f"item {i}: in the index, not in the catalog" for i in extra]
+
+    def _saved(self, work: Work) -> Path:
+        state = self._state
+        if state.base is None:
+            return build(self._catalog, self._folder, self.limits, work, choose=False)
+        return extend(state, work) if self.unsaved else state.base.folder
+
+    def _renewed(self, work: Work) -> Path:
+        state = self._state
+        if state.base is None or state.worn:
+            return self._rebuilt(work)
+        return extend(state, work) if state.due else state.base.folder
+
+    def _rebuilt(self, work: Work) -> Path:
+        return build(self._catalog, self._folder, self.limits, work, choose=True)
+
+    def _write(self, make: Callable[[Work], Path], threads: int) -> None:
+        """Let `make` write a base, and search in that from now on. One at a time, over all processes."""
+        work = Work(threads, self._proceed)
+        if self._catalog.last_change().seq == 0:
+            return  # there never was anything to write
+        try:
+            with self._writing, exclusive(self._folder / _LOCK_NAME, self._proceed):
+                if (found := newest(self._folder, self._catalog)) is not None:  # another process may have been quicker
+                    self._adopt(found)
+                made = make(work)
+                self._adopt(open_base(made, self._catalog))
+                self._remove_all_but(made)
+        except OSError as error:
+            reason = error.strerror or error
+            raise GalleryError(
+                f"{self._folder}: not saved ({reason}); nothing is lost: the catalog has it all; free some space"
+            ) from error
+
+    def _adopt(self, base: Base) -> None:
+        if self._state.base is not None and self._state.base.folder == base.folder:
+            return
+        state = State.of(base, self._catalog.facts.embedding_dim).caught_up(self._catalog).settled()
+        with self._changing:
+            self._state = state.caught_up(self._catalog)
+
+    def _remove_all_but(self, kept: Path) -> None:
+        """Others that still search in an old base keep their mapping of it."""
+        left_by_the_killed = self._folder.glob(".base-*")
+        for path in (*folders(self._folder), *left_by_the_killed):
+            if path != kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _start_worker(self) -> None:
+        with self._starting:
+            busy = self._worker is not None and self._worker.is_alive()
+            if not busy and not self._stopping.is_set() and time.monotonic() >= self._not_before:
+                self._worker = threading.Thread(target=self._work, daemon=True, name="index")
+                self._worker.start()
+
+    def _work(self) -> None:
+        try:
+            self._write(self._renewed, threads=1)
+        except _Stopped:
+            log.info("%s: closed before a new base was written", self._folder)
+        except Exception as error:  # whatever it is, searches go on with what there is
+            log.warning("%s: no new base was written: %s", self._folder, error)
+            self._not_before = time.monotonic() + _RETRY_S
+
+    def _proceed(self) -> None:
+        if self._stopping.is_set():
+            raise _Stopped
+
+    def _save_or_warn(self) -> None:
+        try:
+            self.save()
+        except GalleryError as error:
+            log.warning("%s", error)
 
 
-def _selector(allowed: NDArray[np.int64] | None, excluded: NDArray[np.int64] | None) -> faiss.IDSelector | None:
-    """FAISS's filter; None lets all through."""
-    if allowed is not None:
-        allowed = allowed if excluded is None else np.setdiff1d(allowed, excluded)
-        bits = np.zeros(int(allowed.max(initial=0)) + 1, bool)
-        bits[allowed] = True
-        return faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))  # type: ignore[call-arg, arg-type]
-    return None if excluded is None or not len(excluded) else faiss.IDSelectorNot(faiss.IDSelectorBatch(excluded))
-
-
-def _write(index: faiss.Index, change: Change, file: BinaryIO) -> None:
-    checksum = 0
-
-    def write(block: bytes) -> None:  # through Python: FAISS's own writer does not notice when the last block fails
-        nonlocal checksum
-        checksum = zlib.crc32(block, checksum)
-        file.write(block)
-
-    faiss.write_index(index, faiss.PyCallbackIOWriter(write))  # type: ignore[attr-defined]
-    trailer = {"format": _FORMAT, "seq": change.seq, "stamp": change.stamp, "crc32": checksum}
-    file.write(json.dumps(trailer).encode().ljust(_TRAILER_BYTES))
-    file.flush()
-
-
-def _checked_change(path: Path) -> Change:
-    """The transaction a file holds, if its bytes are those once written. Raises: OSError, ValueError, KeyError, TypeError."""
-    with path.open("rb") as file:
-        left = file.seek(0, 2) - _TRAILER_BYTES
-        if left <= 0:
-            raise ValueError("truncated")
-        file.seek(left)
-        trailer = json.loads(file.read())
-        file.seek(0)
-        checksum = 0
-        while block := file.read(min(left, 1 << 22)):
-            checksum, left = zlib.crc32(block, checksum), left - len(block)
-    if trailer["format"] != _FORMAT or trailer["crc32"] != checksum:
-        raise ValueError("damaged")
-    return Change(int(trailer["seq"]), str(trailer["stamp"]))
+def _cores() -> int:
+    return os.cpu_count() or 1

@@ -13,8 +13,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from app import build_app, serve_app
 from serve.classify import Head
 from serve.contract import Manifest, Preprocess, TensorSpec
-from serve.encoder import Picture, prepare_batch
 from serve.gallery import Gallery
+from serve.pictures import Picture, prepare_batch
 from serve.sources import Sample, open_source
 from train.demo_data import DemoSet, draw_demo_set
 

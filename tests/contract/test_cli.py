@@ -11,6 +11,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -36,17 +38,22 @@ OPTIONS = {
     "fit-head": "--encoder --images --out",
     "import-weights": "--weights --run --pixels --image-size",
     "distill": "--teacher --head --images --run --arch --width --temperature --resume",
-    "export": "--run --repository --name --head --target --precision --images --accept-loss --rollback --server",
+    "export": "--run --module --weights --preprocess --repository --name --head --target --tensorrt --dali --precision "
+    "--images --accept-loss --rollback --server",
     "triton": "--repository --host --http-port --grpc-port --metrics-port",
-    "embed": "--encoder --images --out",
-    "gallery add": "GALLERY --images --encoder",
-    "gallery remove": "GALLERY",
+    "embed": "--encoder --images --out --engine --ray-address --workers",
+    "gallery add": "GALLERY --images --encoder --quarantine",
+    "gallery remove": "GALLERY --where --json",
+    "gallery relabel": "GALLERY --ids --where --label --identity --camera --time --extra --forget --json",
     "gallery info": "GALLERY",
     "gallery rebuild": "GALLERY",
-    "gallery verify": "GALLERY",
-    "search": "--gallery --image -k --where --json --encoder",
+    "gallery tune": "GALLERY --recall --latency-ms --memory-mb",
+    "gallery verify": "GALLERY --repair --json",
+    "search": "--gallery --image -k --where --threshold --offset --json --encoder",
     "reid evaluate": "--encoder --images --json",
+    "api": "--encoder --head --host --port --at-once --waiting --batches --max-bytes",
     "app": "--gallery --encoder --head --port",
+    "bench serve": "URL --images --send --clients --rate --batch --seconds --warmup-s --timeout-s --metrics-url --out --json",
 }
 """DESIGN.md, section 4: names that other programs rely on."""
 
@@ -232,6 +239,53 @@ def test_search_prints_for_people_and_for_programs(simclr, world):
     assert simclr("search", "--gallery", "gallery", "--image", query, "--where", "label = x") == (0, "", "")
 
 
+def test_search_by_page_and_by_threshold(simclr, world):
+    ask = ("search", "--gallery", "gallery", "--image", world / "pictures" / "b" / "3.png")
+    everything = simclr(*ask)[1].splitlines()
+    assert len(everything) == 10
+    assert simclr(*ask, "-k", 4, "--offset", 3)[1].splitlines() == everything[3:7]
+    scores = [hit["score"] for hit in json.loads(simclr(*ask, "--json")[1])]
+    assert simclr(*ask, "--threshold", scores[5] - 1e-6)[1].splitlines() == everything[:6]
+    assert simclr(*ask, "--threshold", -1, "--offset", 2, "-k", 3)[1].splitlines() == everything[2:5]
+
+
+@pytest.fixture
+def own_gallery(world, tmp_path):
+    with Gallery.open(tmp_path / "gallery", open_encoder(world / "toy"), create=True) as gallery:
+        gallery.add(open_source(world / "pictures").everything)
+    return tmp_path / "gallery"
+
+
+def test_tune(simclr, own_gallery):
+    code, out, _ = simclr("gallery", "tune", own_gallery, "--recall", 0.99)
+    assert (code, out) == (0, f"{own_gallery}: exact; 10 vectors, 0 changes not yet in index/\n")
+    assert json.loads((own_gallery / "index" / "base-000002" / "index.json").read_text())["content"]["header"]["limits"] == {
+        "recall": 0.99,
+        "latency_ms": 5.0,
+        "memory_mb": None,
+    }
+    code, out, err = simclr("gallery", "tune", own_gallery, "--recall", 2)
+    assert (code, out) == (1, "")
+    assert "wanted recall above 0" in err
+
+
+def test_relabel(simclr, own_gallery):
+    said = simclr(
+        "gallery", "relabel", own_gallery, "--where", "label = a", "--label", "cat", "--time", 2, "--extra", '{"x": 1}'
+    )
+    assert said == (0, f"{own_gallery}: 5 relabelled\n", "")
+    assert simclr("gallery", "relabel", own_gallery, "--ids", 1, 2, "--forget", "label", "--json")[1] == '{"relabelled": 2}\n'
+    with Gallery.open(own_gallery) as gallery:
+        assert [item.label for item in gallery.items()] == [None, None, *["cat"] * 3, *["b"] * 5]
+        assert (gallery.item(3).time, gallery.item(3).extra) == (2.0, {"x": 1})
+
+
+def test_remove_by_filter_tells_how_many(simclr, own_gallery):
+    assert simclr("gallery", "remove", own_gallery, "--where", "label = a")[:2] == (0, f"{own_gallery}: 5 removed, 5 left\n")
+    assert simclr("gallery", "remove", own_gallery, "--where", "label = a")[:2] == (0, f"{own_gallery}: 0 removed, 5 left\n")
+    assert json.loads(simclr("gallery", "remove", own_gallery, 7, "--json")[1]) == {"removed": 1, "left": 4}
+
+
 def test_embed_tells_what_it_left_out(simclr, world, tmp_path):
     draw(tmp_path / "mixed" / "good.png")
     for i in range(12):
@@ -241,8 +295,29 @@ def test_embed_tells_what_it_left_out(simclr, world, tmp_path):
     told = [line for line in err.splitlines() if line.startswith("left out: ")]
     assert told[0] == f"left out: {tmp_path}/mixed/bad00.png: not a readable picture (not a picture in a known format)"
     assert len(told) == 11
-    assert told[-1] == "left out: 2 more"
+    assert told[-1] == f"left out: 12 in all, listed in {tmp_path}/o.parquet.quarantine.jsonl"
+    assert len((tmp_path / "o.parquet.quarantine.jsonl").read_text().splitlines()) == 12
     assert pq.read_table(tmp_path / "o.parquet")["source"].to_pylist() == [str(tmp_path / "mixed" / "good.png")]
+
+
+def test_embed_into_a_folder(simclr, world, tmp_path):
+    assert simclr("embed", "--encoder", "toy", "--images", "pictures", "--out", f"{tmp_path}/o/")[:2] == (
+        0,
+        f"{tmp_path}/o/: 10 vectors\n",
+    )
+    assert pq.read_table(tmp_path / "o").num_rows == 10
+
+
+@pytest.mark.parametrize("words", [(), ("--quarantine", "LIST")])
+def test_gallery_add_lists_what_it_left_out(simclr, world, tmp_path, words):
+    draw(tmp_path / "mixed" / "good.png")
+    (tmp_path / "mixed" / "bad.png").write_text("no picture")
+    listed = tmp_path / ("list.jsonl" if words else "g/quarantine.jsonl")
+    words = [listed if word == "LIST" else word for word in words]
+    code, _, err = simclr("gallery", "add", tmp_path / "g", "--images", tmp_path / "mixed", "--encoder", "toy", *words)
+    assert (code, f"left out: 1 in all, listed in {listed}" in err) == (0, True)
+    assert json.loads(listed.read_text())["source"] == str(tmp_path / "mixed" / "bad.png")
+    assert simclr("gallery", "verify", tmp_path / "g")[0] == 0
 
 
 def test_reid_evaluate_prints_and_writes_its_figures(simclr, tmp_path):
@@ -261,6 +336,23 @@ def test_evaluate(simclr, tmp_path, protocol):
     assert code == 0
     assert out.startswith(f"{protocol} accuracy ")
     assert json.loads((tmp_path / "r.json").read_text())["protocol"] == protocol
+
+
+def test_api(world):
+    command = [sys.executable, ROOT / "cli.py", "api", "--encoder", "toy", "--head", "toy.npz", "--port", "0", "--at-once", "3"]
+    with subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            url = re.fullmatch(r"the API is at (http://127.0.0.1:\d+) \(Ctrl-C ends it\)\n", running.stdout.readline())[1]
+            picture = (world / "one" / "only.png").read_bytes()
+            request = urllib.request.Request(f"{url}/v1/classify", picture, {"Content-Type": "image/png"})
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                assert json.load(answer)["results"][0]["label"] in ("cat", "dog", "é cow")
+            with urllib.request.urlopen(f"{url}/v1/info", timeout=20) as answer:
+                assert json.load(answer)["limits"]["at_once"] == 3
+        finally:
+            running.terminate()
+        assert running.wait(20) == 0
+        assert running.stderr.read() == ""
 
 
 def test_fit_head(simclr, world, tmp_path):
@@ -285,8 +377,8 @@ BAD_SOURCES = {
     "missing": "missing: no such file or folder",
     "": "no such file or folder",
     "empty": "empty: holds no pictures",
-    "text.txt": "text.txt: wanted a folder, .csv, .zip or .tar",
-    "pictures/a/0.png": "0.png: wanted a folder, .csv, .zip or .tar",
+    "text.txt": "text.txt: wanted a folder, .csv, .parquet, .zip or .tar",
+    "pictures/a/0.png": "0.png: wanted a folder, .csv, .parquet, .zip or .tar",
     "nonsense.csv": r"nonsense\.csv: not a CSV file",
     "columns.csv": r"columns\.csv: columns are \['file;class'\]",
     "times.csv": r"times\.csv, line 2: .*yesterday",
@@ -362,7 +454,7 @@ def name_of(door):
 @pytest.mark.parametrize("door", ENCODER_DOORS, ids=name_of)
 @pytest.mark.parametrize("encoder", BAD_ENCODERS)
 def test_an_encoder_that_is_none(refused, tmp_path, monkeypatch, door, encoder):
-    monkeypatch.setattr("serve.triton_endpoints.BACKOFF_S", 0.01)
+    monkeypatch.setattr("serve.triton_endpoints.WAITS_S", (0.0, 0.01, 0.01))
     words = [str(tmp_path / "out") if word == "OUT" else word for word in door]
     assert re.search(BAD_ENCODERS[encoder], refused(*words, "--encoder", encoder))
     assert tree(tmp_path) == []
@@ -384,11 +476,19 @@ def test_a_name_that_is_no_name_for_a_model(refused, tmp_path, name):
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        ((), "--run RUN .* or --rollback"),
-        (("--run", "unfinished", "--rollback"), "--run RUN .* or --rollback"),
+        ((), "one of --run RUN or --module M .* or --rollback"),
+        (("--run", "unfinished", "--rollback"), "one of --run RUN"),
+        (("--run", "unfinished", "--module", "m:n", "--preprocess", "s.json"), "one of --run RUN"),
+        (("--module", "m:n", "--preprocess", "s.json", "--rollback"), "one of --run RUN"),
+        (("--module", "m:n"), "--module needs --preprocess SPEC.json"),
+        (("--run", "unfinished", "--preprocess", "s.json"), "--preprocess and --weights belong to --module"),
+        (("--run", "unfinished", "--weights", "w.pt"), "--preprocess and --weights belong to --module"),
+        (("--module", "m:n", "--preprocess", "s.json", "--precision", "int8"), "int8 needs --images SRC"),
+        (("--run", "unfinished", "--dali", "--target", "cpu"), "--dali need a GPU"),
+        (("--run", "unfinished", "--dali", "--name", "two-words"), "wanted no - in it"),
         (("--run", "unfinished", "--accept-loss"), "belong to --precision fp16 or int8"),
         (("--run", "unfinished", "--images", "one"), "belong to --precision fp16 or int8"),
-        (("--run", "unfinished", "--tensorrt", "--target", "cpu"), "--tensorrt needs a GPU"),
+        (("--run", "unfinished", "--tensorrt", "--target", "cpu"), "--tensorrt and --dali need a GPU"),
         (("--rollback", "--server", "grpc://127.0.0.1:8001"), "wanted http://host:8000"),
     ],
 )
@@ -433,6 +533,7 @@ def test_the_gallery_of_another_encoder_is_refused_with_both_ids(refused, world,
 def test_the_head_of_another_encoder_or_none_at_all(refused):
     got = refused("app", "--gallery", "gallery", "--encoder", "toy", "--head", "other.npz")
     assert "simclr fit-head" in got
+    assert "simclr fit-head" in refused("api", "--encoder", "toy", "--head", "other.npz")
     for head in ("broken.npz", "missing.npz"):
         assert head in refused("app", "--gallery", "gallery", "--encoder", "toy", "--head", head)
         assert head in refused("export", "--run", "unfinished", "--repository", "out", "--head", head)
@@ -446,6 +547,7 @@ GALLERY_DOORS = [
     ("gallery", "rebuild", "GALLERY"),
     ("gallery", "verify", "GALLERY"),
     ("gallery", "remove", "GALLERY", "1"),
+    ("gallery", "relabel", "GALLERY", "--where", "camera = 1", "--label", "x"),
     ("gallery", "add", "GALLERY", "--images", "one"),
     ("search", "--gallery", "GALLERY", "--image", "one/only.png"),
     ("search", "--gallery", "GALLERY", "--image", "one/only.png", "--encoder", "toy"),
@@ -484,11 +586,23 @@ def test_an_unknown_id_removes_nothing(refused, world, ids):
 
 
 @pytest.mark.parametrize(
-    "where", ["label", "label ~ a", "colour = red", "label = a or label = b", "label < b", "time > soon", "'"]
+    "where", ["label", "label ~ a", "colour = red", "label = a xor label = b", "label < b", "time > soon", "'"]
 )
 def test_a_filter_that_makes_no_sense(refused, where):
     got = refused("search", "--gallery", "gallery", "--image", "one/only.png", "--where", where)
     assert "wanted conditions joined by `and`" in got
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--offset", "-1"), "offset is -1"),
+        (("--threshold", "2"), "threshold is 2"),
+        (("--threshold", "0.5", "-k", "0"), "k is 0"),
+    ],
+)
+def test_a_page_that_cannot_be(refused, words, complaint):
+    assert complaint in refused("search", "--gallery", "gallery", "--image", "one/only.png", *words)
 
 
 @pytest.mark.parametrize("k", [0, -3])
@@ -505,13 +619,33 @@ def test_a_damaged_gallery(simclr, world, tmp_path):
     with Gallery.open(tmp_path / "gallery", open_encoder(world / "toy"), create=True) as gallery:
         gallery.add(open_source(world / "pictures").everything)
     database = sqlite3.connect(tmp_path / "gallery" / "catalog.sqlite")
-    database.execute("UPDATE items SET vector = x'00' WHERE id < 4")
+    database.execute("UPDATE vectors SET vector = x'00' WHERE id < 4")
     database.commit()
     database.close()
     code, out, err = simclr("gallery", "verify", tmp_path / "gallery")
     assert code == 1
     assert [f"item {i}: vector of 1 bytes, wanted 32" in out for i in (1, 2, 3)] == [True] * 3
-    assert f"{len(out.splitlines())} problems" in one_line(err)
+    problems = out.splitlines()
+    assert f"{len(problems)} problems; --repair" in one_line(err)
+    code, out, err = simclr("gallery", "verify", tmp_path / "gallery", "--repair", "--json")
+    report = json.loads(out)
+    assert (code, report["items"], report["found"]) == (1, 10, problems)
+    assert f"not repaired: {report['left'][0]}" in one_line(err)
+    assert simclr("gallery", "remove", tmp_path / "gallery", 1, 2, 3)[0] == 0
+    assert simclr("gallery", "verify", tmp_path / "gallery")[:2] == (0, f"{tmp_path / 'gallery'}: 7 items, all well\n")
+
+
+def test_an_sqlite_index_that_lost_an_item_is_repaired(simclr, own_gallery):
+    with closing(sqlite3.connect(own_gallery / "catalog.sqlite")) as db:
+        (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'items_label'").fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+    content = bytearray((own_gallery / "catalog.sqlite").read_bytes())
+    content[page * size - 2] ^= 1  # the last bytes of its page are its first entry: a label and an id
+    (own_gallery / "catalog.sqlite").write_bytes(content)
+    code, out, _ = simclr("gallery", "verify", own_gallery)
+    assert (code, "missing from index items_label" in out) == (1, True)
+    assert simclr("gallery", "verify", own_gallery, "--repair")[:2] == (0, f"{out}{own_gallery}: 10 items, repaired\n")
+    assert simclr("gallery", "verify", own_gallery)[:2] == (0, f"{own_gallery}: 10 items, all well\n")
 
 
 def test_a_catalog_that_is_no_database(refused, world, tmp_path):
@@ -533,6 +667,7 @@ def test_a_busy_port(refused, busy_port):
     got = refused("app", "--gallery", "gallery", "--encoder", "toy", "--port", busy_port)
     assert f"port {busy_port}" in got
     assert "--port" in got
+    assert f"port {busy_port} is busy" in refused("api", "--encoder", "toy", "--port", busy_port)
     for kind in ("http", "grpc", "metrics"):
         ports = [f"--{other}-port={busy_port if other == kind else 0}" for other in ("http", "grpc", "metrics")]
         got = refused("triton", "--repository", "toy", *ports)
@@ -550,6 +685,10 @@ def test_nothing_to_serve(refused, repository):
     [
         ("app", "--gallery", "gallery", "--encoder", "toy", "--port", "65536"),
         ("app", "--gallery", "gallery", "--encoder", "toy", "--port=-1"),
+        ("api", "--encoder", "toy", "--port", "65536"),
+        ("api", "--encoder", "toy", "--at-once", "0"),
+        ("api", "--encoder", "toy", "--waiting=-1"),
+        ("api", "--encoder", "toy", "--max-bytes", "0"),
         ("triton", "--repository", "toy", "--http-port", "99999"),
         ("triton", "--repository", "toy", "--grpc-port", "99999"),
         ("triton", "--repository", "toy", "--metrics-port", "99999"),
@@ -558,6 +697,15 @@ def test_nothing_to_serve(refused, repository):
         ("pretrain", "--images", "pictures", "--run", "run", "--epochs", "0"),
         ("pretrain", "--images", "pictures", "--run", "run", "--epochs", "nan"),
         ("pretrain", "--images", "pictures", "--run", "run", "--temperature", "0"),
+        ("embed", "--encoder", "toy", "--images", "pictures", "--out", "o", "--workers", "0"),
+        ("embed", "--encoder", "toy", "--images", "pictures", "--out", "o", "--ray-address", "auto"),
+        ("gallery", "remove", "gallery"),
+        ("gallery", "remove", "gallery", "1", "--where", "label = a"),
+        ("gallery", "remove", "gallery", "--where", " "),
+        ("gallery", "relabel", "gallery", "--label", "x"),
+        ("gallery", "relabel", "gallery", "--ids", "1"),
+        ("gallery", "relabel", "gallery", "--ids", "1", "--extra", "{"),
+        ("gallery", "relabel", "gallery", "--ids", "1", "--extra", "[1]"),
     ],
     ids=" ".join,
 )
@@ -627,6 +775,14 @@ def test_without_torch_it_says_what_to_install(world, tmp_path, words):
     assert (done.returncode, done.stdout) == (1, "")
     assert "needs torch" in one_line(done.stderr)
     assert "pip install 'simclr-serve[train]'" in done.stderr
+    assert tree(tmp_path) == []
+
+
+def test_without_ray_it_says_what_to_install(world, tmp_path):
+    words = ("embed", "--encoder", "toy", "--images", "pictures", "--out", tmp_path / "o.parquet", "--engine", "ray")
+    done = process(*words, before=NO_TORCH.replace("torch", "ray"), cwd=world)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(r"needs ray, .*: pip install 'simclr-serve\[scale\]'", one_line(done.stderr))
     assert tree(tmp_path) == []
 
 

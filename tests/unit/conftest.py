@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from serve.contract import Manifest, Preprocess, TensorSpec
-from serve.encoder import Picture, prepare_batch
+from serve.pictures import Picture, prepare_batch
 from serve.sources import Sample
 
 TOY_DIM = 16

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from serve.classify import Head
 from serve.contract import Manifest, Preprocess, TensorSpec
-from serve.encoder import Picture, prepare_batch
 from serve.errors import EncoderMismatch, TrainingError
+from serve.pictures import Picture, prepare_batch
 from serve.sources import open_source
 from train import distill as module
 from train.checkpoint import load_checkpoint, load_encoder

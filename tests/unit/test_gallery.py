@@ -2,18 +2,20 @@ import errno
 import json
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import serve.index
+import serve.index_build
 from serve.contract import Manifest
 from serve.errors import EncoderMismatch, GalleryError
 from serve.gallery import Gallery
@@ -185,6 +187,168 @@ def test_remove(gallery):
     assert gallery.verify() == []
 
 
+def test_update_by_picture_and_by_vector(gallery, pictures):
+    samples = pictures(4)
+    ids = gallery.add(samples[:3]).ids
+    gallery.update(ids[0], samples[3].source, source=samples[3].source)
+    gallery.update(np.int64(ids[1]), vectors_of(1)[0] * 7)
+    assert [item.source for item in gallery.items()] == [samples[3].source, samples[1].source, samples[2].source]
+    assert gallery.search(samples[3].source, 1)[0].id == ids[0]
+    assert gallery.search(vectors_of(1)[0], 1)[0].id == ids[1]
+    assert gallery.search(samples[0].source, 1)[0].score < 0.999
+    assert len(gallery.search(vectors_of(1)[0], 10)) == 3
+    assert gallery.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("item_id", "vector", "complaint"),
+    [
+        (9, np.ones(16), "no item with id 9"),
+        (1, np.zeros(16), "the new vector: row 0 is zero"),
+        (1, np.ones(5), "new vector: got"),
+    ],
+)
+def test_an_update_that_cannot_be_is_refused(gallery, item_id, vector, complaint):
+    gallery.add(samples_of(2), vectors_of(2))
+    before = gallery.vector(1)
+    with pytest.raises(GalleryError, match=complaint):
+        gallery.update(item_id, vector)
+    np.testing.assert_array_equal(gallery.vector(1), before)
+
+
+def test_what_is_relabelled_is_found_by_its_new_label(gallery):
+    ids = gallery.add(samples_of(9), vectors_of(9)).ids
+    query = vectors_of(1)[0]
+    assert len(gallery.search(query, 9, "label = l0")) == 3
+    gallery.relabel(np.array(ids[:2]), label="new", camera=None, extra={"by": "hand"})
+    assert {hit.id for hit in gallery.search(query, 9, "label = new")} == set(ids[:2])
+    assert gallery.item(ids[0]).extra == {"by": "hand"}
+    assert gallery.count("camera is unknown") == 2
+    with pytest.raises(GalleryError, match="no item with id 77; nothing was changed"):
+        gallery.relabel([1, 77], label="x")
+    assert gallery.item(1).label == "new"
+
+
+@pytest.fixture
+def crowd(gallery):
+    """60 items of which many are alike: pages must not repeat or leave out any of them."""
+    vectors = np.repeat(vectors_of(12), 5, axis=0)
+    gallery.add(samples_of(60), vectors)
+    gallery.remove([7, 8, 30])
+    return gallery
+
+
+def ranking(gallery, query, where=None):
+    """Slow and obvious: all cosines, sorted by score and id."""
+    query = query / np.linalg.norm(query)
+    scores = {int(i): float(gallery.vector(i) @ query) for i in gallery.ids(where)}
+    return sorted(scores.items(), key=lambda found: (-round(found[1], 5), found[0]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20, 57, 100])
+@pytest.mark.parametrize("where", [None, "camera = 1"])
+def test_pages_show_everything_once_and_in_order(crowd, size, where):
+    query = vectors_of(1, seed=3)[0]
+    wanted = ranking(crowd, query, where)
+    pages = [crowd.search(query, size, where, offset=offset) for offset in range(0, 60, size)]
+    assert [hit.id for page in pages for hit in page] == [item_id for item_id, _ in wanted]
+    assert all(len(page) == size for page in pages[: len(wanted) // size])
+    assert crowd.search(query, 5, where, offset=1000) == []
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    threshold=st.floats(-1, 1),
+    where=st.sampled_from([None, "camera = 1", "label = nobody"]),
+    limit=st.none() | st.integers(1, 80),
+    excluded=st.lists(st.integers(1, 60), max_size=5),
+)
+def test_within_is_all_above_the_threshold(crowd, threshold, where, limit, excluded):
+    query = vectors_of(1, seed=4)[0]
+    wanted = [(i, score) for i, score in ranking(crowd, query, where) if i not in excluded]
+    assume(all(abs(score - threshold) > 1e-5 for _, score in wanted))
+    hits = crowd.within(query, threshold, where, limit, excluded)
+    assert [hit.id for hit in hits] == [i for i, score in wanted if score > threshold][:limit]
+    np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in wanted[: len(hits)]], atol=1e-5)
+
+
+def test_within_asks_for_more_until_the_threshold_is_passed(gallery):
+    gallery.add(samples_of(700), vectors_of(700))
+    query = vectors_of(1, seed=5)[0]
+    assert [hit.id for hit in gallery.within(query, -1)] == [hit.id for hit in gallery.search(query, 700)]
+    half = gallery.search(query, 350)
+    assert gallery.within(query, half[-1].score) == half
+
+
+def test_many_queries_at_once_are_one_after_the_other(crowd):
+    queries = vectors_of(9, seed=6)
+    for k, where in ((3, None), (4, "camera = 1"), (80, None), (2, "label = nobody")):
+        scores, ids = crowd.search_many(queries, k, where)
+        assert scores.shape == ids.shape == (9, k)
+        for query, row_scores, row_ids in zip(queries, scores, ids, strict=True):
+            hits = crowd.search(query, k, where)
+            n = len(hits)
+            np.testing.assert_allclose(row_scores[:n], [hit.score for hit in hits], atol=1e-6)
+            assert (row_ids[n:] == -1).all()
+            assert (row_scores[n:] == -np.inf).all()
+            assert len(set(row_ids[:n].tolist())) == n
+
+
+@pytest.mark.parametrize(
+    ("ask", "complaint"),
+    [
+        (lambda g: g.search(np.ones(16), offset=-1), "offset is -1"),
+        (lambda g: g.within(np.ones(16), 1.5), "threshold is 1.5, wanted -1 to 1"),
+        (lambda g: g.within(np.ones(16), float("nan")), "threshold is nan"),
+        (lambda g: g.within(np.ones(16), 0.5, limit=0), "k is 0"),
+        (lambda g: g.within(np.ones(16), 0.5, offset=-2), "offset is -2"),
+        (lambda g: g.search_many(np.ones((2, 16)), 0), "k is 0"),
+        (lambda g: g.search_many(np.ones(16)), "queries: got"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_in_one_line(gallery, ask, complaint):
+    with pytest.raises(GalleryError, match=complaint) as caught:
+        ask(gallery)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hit_that_is_removed_or_relabelled_meanwhile_gives_its_place_away(gallery, monkeypatch):
+    gallery.add(samples_of(6), vectors_of(6))
+    query, ids = vectors_of(1)[0], gallery._catalog.ids
+    best = [hit.id for hit in gallery.search(query, 6)]
+    for meanwhile in (lambda: gallery.remove([best[0]]), lambda: gallery.relabel([best[1]], label="other")):
+        done = []
+
+        def ids_and_then(where, meanwhile=meanwhile, done=done):
+            found = ids(where)
+            if not done:
+                done.append(meanwhile())
+            return found
+
+        monkeypatch.setattr(gallery._catalog, "ids", ids_and_then)
+        where = "label in (l0, l1, l2)"
+        assert [hit.id for hit in gallery.search(query, 2, where)] == [hit.id for hit in gallery.search(query, 6, where)][:2]
+
+
+def test_an_index_that_holds_what_the_catalog_lacks_never_shows_it(gallery, tmp_path):
+    """Damage that a search must survive, and verify must name."""
+    gallery.add(samples_of(5), vectors_of(5))
+    with closing(sqlite3.connect(tmp_path / "gallery" / "catalog.sqlite", isolation_level=None)) as db:
+        db.execute("DELETE FROM items WHERE id = 3")
+    assert [hit.id for hit in gallery.search(vectors_of(3)[2], 9)] != []
+    assert 3 not in [hit.id for hit in gallery.search(vectors_of(3)[2], 9)]
+    assert "vector of item 3: there is no such item" in gallery.verify()
+
+
+def test_repair_derives_the_index_anew(gallery, tmp_path):
+    gallery.add(samples_of(20), vectors_of(20))
+    gallery._index._state = gallery._index._state.without(np.array([3]))
+    assert gallery.verify() == ["item 3: missing from the index"]
+    gallery.repair()
+    assert gallery.verify() == []
+    assert gallery.search(vectors_of(20)[2], 1)[0].id == 3
+
+
 def test_items_and_drop_downs(gallery):
     gallery.add(samples_of(11), vectors_of(11))
     assert [item.source for item in gallery.items("camera = 1", limit=2, offset=1)] == ["s3", "s5"]
@@ -198,7 +362,7 @@ def test_info(gallery, tmp_path, toy_encoder):
     info = gallery.info()
     assert (info.count, info.embedding_dim, info.encoder_id, info.encoder_name) == (5, 16, toy_encoder.encoder_id, "toy")
     assert info.bytes_on_disk > 5 * 16 * 4
-    assert "5 changes not yet in index.faiss" in info.index
+    assert "5 changes not yet in index/" in info.index
     gallery.save()
     assert "0 changes" in gallery.info().index
     folder = tmp_path / "gallery"
@@ -308,7 +472,7 @@ def test_the_index_of_another_gallery_is_not_believed(gallery, tmp_path, toy_enc
     gallery.close()
     with Gallery.open(tmp_path / "other", toy_encoder, create=True) as other:
         other.add(samples_of(5), vectors_of(5, seed=1))
-    shutil.copy(tmp_path / "other" / "index.faiss", tmp_path / "gallery" / "index.faiss")
+    shutil.copytree(tmp_path / "other" / "index", tmp_path / "gallery" / "index", dirs_exist_ok=True)
     with Gallery.open(tmp_path / "gallery") as again:
         assert "another gallery" in caplog.text
         assert again.verify() == []
@@ -395,13 +559,13 @@ def full(*_):
 def test_a_full_disk_on_saving(gallery, tmp_path, monkeypatch, caplog):
     gallery.add(samples_of(5), vectors_of(5))
     with monkeypatch.context() as patch:
-        patch.setattr(serve.index, "_write", full)
+        patch.setattr(serve.index_build, "write_header", full)
         with pytest.raises(GalleryError, match="No space left on device") as caught:
             gallery.save()
         assert "\n" not in str(caught.value)
         gallery.close()  # tries, warns, and loses nothing
     assert "No space left on device" in caplog.text
-    assert not list((tmp_path / "gallery").glob(".index*"))
+    assert [path.name for path in (tmp_path / "gallery" / "index").iterdir()] == ["lock"]
     with Gallery.open(tmp_path / "gallery") as again:
         assert len(again) == 5
         assert again.verify() == []
@@ -439,3 +603,9 @@ def test_a_full_disk_while_adding(gallery, tmp_path):
         assert len(again) == count > 100
         assert again.verify() == []
         assert again.add([Sample("more")], vectors_of(1)).ids
+
+
+def test_the_index_of_former_versions_is_removed(gallery, tmp_path):
+    (tmp_path / "gallery" / "index.faiss").write_bytes(bytes(100))
+    Gallery.open(tmp_path / "gallery").close()
+    assert not (tmp_path / "gallery" / "index.faiss").exists()

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from serve.contract import Manifest, Preprocess, TensorSpec
-from serve.encoder import Picture, prepare_batch
 from serve.errors import SourceError, TrainingError
+from serve.pictures import Picture, prepare_batch
 from serve.preprocess import load_image
 from serve.sources import ImageSet, Sample, open_source
 from train.encoder import Encoder, UnitEncoder

@@ -1,0 +1,75 @@
+"""The folder of a gallery: what may become one, and the copy of the encoder's manifest in it.
+
+catalog.sqlite is the truth; index/ is derived from it; gallery.json is a copy, for people and other programs, of the
+manifest of the encoder that made the vectors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from serve.catalog_schema import Facts
+from serve.encoder import Encoder
+from serve.errors import EncoderMismatch, GalleryError
+from serve.files import atomic_path
+
+CATALOG_NAME, INDEX_NAME, MANIFEST_COPY_NAME = "catalog.sqlite", "index", "gallery.json"
+_FORMER_INDEX_NAME = "index.faiss"
+log = logging.getLogger(__name__)
+
+
+def prepare_folder(folder: Path, encoder: Encoder | None) -> Facts | None:
+    """Make an empty folder for a gallery, unless it is one. Raises: GalleryError if something else is there."""
+    catalog = folder / CATALOG_NAME
+    exists = catalog.is_file() and catalog.stat().st_size > 0
+    if encoder is None:
+        if exists:
+            return None
+        raise GalleryError(f"{folder}: a new gallery needs the encoder that will make its vectors; give --encoder ENC")
+    if folder.exists() and not folder.is_dir():
+        raise GalleryError(f"{folder}: is a file; a gallery is a folder, give another name")
+    ours = (".", CATALOG_NAME, "lost+found")
+    others = (
+        []
+        if exists or not folder.exists()
+        else sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours))
+    )
+    if others:
+        raise GalleryError(f"{folder}: holds {others[0]} and no catalog, so it is no gallery; give a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = encoder.manifest
+    return Facts(encoder.encoder_id, manifest.name, manifest.embedding_dim, manifest.model_dump_json(indent=2))
+
+
+def check_encoder(folder: Path, facts: Facts, encoder: Encoder | None) -> None:
+    """Raises: EncoderMismatch if the gallery's vectors are another encoder's."""
+    if encoder is not None and encoder.encoder_id != facts.encoder_id:
+        raise EncoderMismatch(
+            f"{folder}: its vectors are of encoder {facts.encoder_id} ({facts.encoder_name}), this is {encoder.encoder_id} "
+            f"({encoder.manifest.name}); use the former, or embed anew: simclr gallery add NEW --images SRC --encoder ENC"
+        )
+
+
+def tidy(folder: Path, manifest: str) -> None:
+    """Make gallery.json right, and remove the index of former versions, which nobody reads any more."""
+    path = folder / MANIFEST_COPY_NAME
+    try:
+        (folder / _FORMER_INDEX_NAME).unlink(missing_ok=True)
+        if not path.is_file() or path.read_bytes() != manifest.encode():
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(manifest.encode())
+    except OSError as error:  # only a copy: a full disk must not keep anyone from searching
+        log.warning("%s: not written (%s)", path, error.strerror)
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Of all its files."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # an old index, removed meanwhile
+                total += (Path(root) / name).stat().st_size
+    return total

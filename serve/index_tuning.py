@@ -1,0 +1,96 @@
+"""The index of a base: its kind chosen on a sample, built of all rows, tuned with items held back, checked as it grows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.index_cells import ROWS_PER_CENTRE, Cells, find_centres
+from serve.index_choice import IndexLimits, Measured, Report, Trial, Work, by_promise, knee, try_kinds
+from serve.index_method import Faiss, cells_for, cells_of, keys_for, trained
+
+HELD_ROWS = 300
+"""Items that ask for their nearest before they are put in themselves."""
+_SAMPLE_ROWS = 30_000
+_BLOCK_ROWS = 8192
+_ATTEMPTS = 2
+"""Kinds of index that are built of all rows, at most, until one keeps the limits."""
+_CHECKED_ROWS = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """An index of all rows, the centres of its cells, and what it does."""
+
+    index: Faiss
+    centres: NDArray[np.float32]
+    measured: tuple[Measured, ...]
+
+
+def build_best(
+    vectors_ND: NDArray[np.float32], limits: IndexLimits, work: Work, exact_ms: float
+) -> tuple[Faiss, Cells, Report]:
+    """The index of these rows that measuring finds best. The last `HELD_ROWS` are what it is measured with."""
+    rows_ND, queries_QD = vectors_ND[:-HELD_ROWS], vectors_ND[-HELD_ROWS:]
+    sample_ND = _some(rows_ND, _SAMPLE_ROWS)
+    sample = try_kinds(Trial.of(sample_ND, queries_QD, work), len(vectors_ND), limits)
+    trial, tried = Trial.of(rows_ND, queries_QD, work), dict[tuple[Measured, ...], Built]()
+    for swept in sample[:_ATTEMPTS]:
+        built = _build(swept[0].method.key, trial, limits)
+        tried[built.measured] = built
+        if knee(built.measured, limits).keeps(limits):
+            break
+    best = tried[by_promise(tried, limits)[0]]
+    add(best.index, queries_QD, work)
+    report = Report(
+        exact_ms=exact_ms,
+        sample_rows=len(sample_ND),
+        sample=tuple(sample),
+        tuned=tuple(tried),
+        chosen=knee(best.measured, limits),
+    )
+    return best.index, cells_of(best.index, best.centres, vectors_ND), report
+
+
+def _build(kind: str, trial: Trial, limits: IndexLimits) -> Built:
+    """An index of all rows of a trial, of the kind of one that was tried on a sample."""
+    rows_ND = trial.rows.vectors
+    key = next(key for key in keys_for(*rows_ND.shape) if key.split(",")[-1] == kind.split(",")[-1])
+    cells, started = cells_for(len(rows_ND)), time.perf_counter()
+    faiss.omp_set_num_threads(trial.work.threads)
+    centres = find_centres(_some(rows_ND, ROWS_PER_CENTRE * cells), cells)
+    index = trained(key, centres, _some(rows_ND, _SAMPLE_ROWS))
+    add(index, rows_ND, trial.work)
+    build_s = time.perf_counter() - started
+    return Built(index, centres, tuple(replace(one, build_s=build_s) for one in trial.sweep(key, index, limits)))
+
+
+def check(
+    index: Faiss, report: Report, rows_ND: NDArray[np.float32], new_ND: NDArray[np.float32], limits: IndexLimits, work: Work
+) -> Report:
+    """What an index of `rows_ND` does for items it does not hold yet; it looks harder from now on where that is too little."""
+    assert report.chosen is not None
+    trial = Trial.of(rows_ND, _some(new_ND, _CHECKED_ROWS), work)
+    now = trial.measured(index, report.chosen.method)
+    if now.recall < limits.recall:
+        now = knee([now, *trial.sweep(report.chosen.method.key, index, limits)], limits)
+    return replace(report, chosen=replace(now, build_s=report.chosen.build_s), checked=now.recall)
+
+
+def add(index: Faiss, vectors_ND: NDArray[np.float32], work: Work) -> None:
+    """Add rows, with pauses to be asked to stop."""
+    faiss.omp_set_num_threads(work.threads)
+    for start in range(0, len(vectors_ND), _BLOCK_ROWS):
+        work.proceed()
+        index.add(vectors_ND[start : start + _BLOCK_ROWS])
+
+
+def _some(vectors_ND: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """At most `count` rows, drawn at random, in order."""
+    if len(vectors_ND) <= count:
+        return vectors_ND
+    return vectors_ND[np.sort(np.random.default_rng(0).choice(len(vectors_ND), count, replace=False))]

@@ -1,0 +1,78 @@
+"""What a query finds: the index's nearest joined with the catalog's filter and facts, so that each hit is true when told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.catalog import Catalog, Item
+from serve.filters import Where
+from serve.index import Index
+
+
+@dataclass(frozen=True)
+class Hit(Item):
+    """An item found; `score` is its cosine with the query, in [-1, 1]."""
+
+    score: float
+
+
+class Searcher:
+    """Reads only. Safe from several threads, while this process and others write."""
+
+    def __init__(self, catalog: Catalog, index: Index) -> None:
+        self._catalog, self._index = catalog, index
+
+    def best(self, query_D: NDArray[np.float32], count: int, where: Where, excluded: NDArray[np.int64]) -> list[Hit]:
+        """The `count` most similar that pass, by falling score and growing id; fewer only if fewer pass."""
+        while True:
+            scores, ids = self._ranked(query_D, count, where, excluded)
+            items = self._catalog.lookup(ids.tolist(), where)
+            gone = [item_id for item_id in ids.tolist() if item_id not in items]
+            if not gone:
+                return [Hit(**vars(items[i]), score=score) for i, score in zip(ids.tolist(), scores.tolist(), strict=True)]
+            excluded = np.union1d(excluded, gone)  # removed or re-labelled meanwhile: others deserve their places
+
+    def within(
+        self, query_D: NDArray[np.float32], threshold: float, where: Where, limit: int | None, excluded: NDArray[np.int64]
+    ) -> list[Hit]:
+        """All that pass with `threshold` <= score, at most `limit` of them, in the order of `best`."""
+        most = len(self._catalog) if limit is None else limit
+        count = min(64, most)
+        while True:
+            hits = self.best(query_D, count, where, excluded)
+            if count >= most or len(hits) < count or hits[-1].score < threshold:
+                return [hit for hit in hits if hit.score >= threshold]
+            count = min(4 * count, most)
+
+    def many(self, queries_QD: NDArray[np.float32], k: int, where: Where) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores (Q, k) and ids (Q, k) of the most similar that pass; -inf and -1 where there are fewer."""
+        scores, ids = self._nearest(queries_QD, k, where, np.empty(0, np.int64))
+        missing = ((0, 0), (0, k - ids.shape[1]))
+        ids = np.pad(ids, missing, constant_values=-1)
+        scores = np.pad(scores, missing)
+        scores[ids < 0] = -np.inf
+        return scores, ids
+
+    def _ranked(
+        self, query_D: NDArray[np.float32], count: int, where: Where, excluded: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores (n,) and ids (n,), n <= `count`. Of equals at the cut, the first by id: an index takes any of them."""
+        wanted = count + 1
+        while True:
+            scores, ids = (rows[0] for rows in self._nearest(query_D[None], wanted, where, excluded))
+            scores, ids = scores[ids >= 0], ids[ids >= 0]
+            if len(ids) < wanted or scores[-1] < scores[count - 1]:
+                order = np.lexsort((ids, -scores))[:count]
+                return scores[order], ids[order]
+            wanted *= 2
+
+    def _nearest(
+        self, queries_QD: NDArray[np.float32], k: int, where: Where, excluded: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        allowed = self._catalog.ids(where) if where else None  # before catching up: the index then holds all of them
+        self._index.catch_up()
+        scores, ids = self._index.search(queries_QD, k, allowed=allowed, excluded=excluded)
+        return scores.clip(-1, 1), ids
