@@ -150,7 +150,8 @@ class Index:
         """Where this copy differs from the catalog or from what was written, and vectors that are not of unit length."""
         self.catch_up()
         state = self._state
-        found = [problem for folder in folders(self._folder) for problem in damage(folder)]
+        with self._writing, exclusive(self._folder / _LOCK_NAME, self._proceed):  # else a base might be removed meanwhile
+            found = [problem for folder in folders(self._folder) for problem in damage(folder)]
         seen = [np.empty(0, np.int64)]
         for ids, vectors_ND in self._catalog.vectors(0, state.at.seq):
             there, copies_ND = state.lookup(ids)
@@ -205,10 +206,11 @@ class Index:
 
     def _remove_all_but(self, kept: Path) -> None:
         """Others that still search in an old base keep their mapping of it."""
-        left_by_the_killed = self._folder.glob(".base-*")
-        for path in (*folders(self._folder), *left_by_the_killed):
+        for path in folders(self._folder):
             if path != kept:
-                shutil.rmtree(path, ignore_errors=True)
+                path.rename(path.with_name(f".{path.name}"))  # else whoever is killed leaves half a base
+        for path in self._folder.glob(".base-*"):  # also what was left by the killed
+            shutil.rmtree(path, ignore_errors=True)
 
     def _start_worker(self) -> None:
         with self._starting:

@@ -146,11 +146,12 @@ def knee(measured: Sequence[Measured], limits: IndexLimits) -> Measured:
 
 
 def try_kinds(trial: Trial, count: int, limits: IndexLimits) -> list[tuple[Measured, ...]]:
-    """Measure every kind of index on a sample of `count` rows; the most promising first."""
+    """Measure every kind of index on a sample of `count` rows, in cells as large as all will have; the most promising first."""
     vectors_ND, tried = trial.rows.vectors, []
+    cells = max(1, cells_for(count) * len(vectors_ND) // count)
     faiss.omp_set_num_threads(trial.work.threads)
-    centres = find_centres(vectors_ND, cells_for(len(vectors_ND)))
-    for key in keys_for(*vectors_ND.shape):
+    centres = find_centres(vectors_ND, cells)
+    for key in keys_for(cells, vectors_ND.shape[1]):
         faiss.omp_set_num_threads(trial.work.threads)
         started = time.perf_counter()
         index = trained(key, centres, vectors_ND)

@@ -45,9 +45,8 @@ def cells_for(count: int) -> int:
     return int(2 ** max(0, round(math.log2(4 * math.sqrt(count)))))
 
 
-def keys_for(count: int, dim: int) -> list[str]:
-    """The indexes worth measuring for `count` rows of `dim` numbers."""
-    cells = cells_for(count)
+def keys_for(cells: int, dim: int) -> list[str]:
+    """The indexes worth measuring for rows of `dim` numbers in so many cells."""
     lists = f"IVF{cells}" + ("_HNSW32" if cells > 1024 else "")  # so many centres are searched by a graph themselves
     codes = ["Flat", "SQ8", "RaBitQ"]
     if dim % 4 == 0:
@@ -107,7 +106,7 @@ def lists_beside(index: Faiss, centres: NDArray[np.float32]) -> Faiss:
     lists = faiss.IndexIVFFlat(quantizer, index.d, len(centres), faiss.METRIC_INNER_PRODUCT)
     lists.own_fields = True
     quantizer.this.disown()
-    lists.nprobe = 16
+    lists.nprobe = 2 * index.nprobe if has_cells(index) else 16
     return lists
 
 

@@ -15,7 +15,7 @@ from serve.index_method import Faiss, cells_for, cells_of, keys_for, trained
 
 HELD_ROWS = 300
 """Items that ask for their nearest before they are put in themselves."""
-_SAMPLE_ROWS = 30_000
+_SAMPLE_ROWS, _NEIGHBOURHOODS = 30_000, 30
 _BLOCK_ROWS = 8192
 _ATTEMPTS = 2
 """Kinds of index that are built of all rows, at most, until one keeps the limits."""
@@ -36,8 +36,8 @@ def build_best(
 ) -> tuple[Faiss, Cells, Report]:
     """The index of these rows that measuring finds best. The last `HELD_ROWS` are what it is measured with."""
     rows_ND, queries_QD = vectors_ND[:-HELD_ROWS], vectors_ND[-HELD_ROWS:]
-    sample_ND = _some(rows_ND, _SAMPLE_ROWS)
-    sample = try_kinds(Trial.of(sample_ND, queries_QD, work), len(vectors_ND), limits)
+    few = Trial.of(*_dense_sample(rows_ND, queries_QD), work)
+    sample = try_kinds(few, len(vectors_ND), limits)
     trial, tried = Trial.of(rows_ND, queries_QD, work), dict[tuple[Measured, ...], Built]()
     for swept in sample[:_ATTEMPTS]:
         built = _build(swept[0].method.key, trial, limits)
@@ -48,7 +48,7 @@ def build_best(
     add(best.index, queries_QD, work)
     report = Report(
         exact_ms=exact_ms,
-        sample_rows=len(sample_ND),
+        sample_rows=len(few.rows),
         sample=tuple(sample),
         tuned=tuple(tried),
         chosen=knee(best.measured, limits),
@@ -58,9 +58,9 @@ def build_best(
 
 def _build(kind: str, trial: Trial, limits: IndexLimits) -> Built:
     """An index of all rows of a trial, of the kind of one that was tried on a sample."""
-    rows_ND = trial.rows.vectors
-    key = next(key for key in keys_for(*rows_ND.shape) if key.split(",")[-1] == kind.split(",")[-1])
-    cells, started = cells_for(len(rows_ND)), time.perf_counter()
+    rows_ND, started = trial.rows.vectors, time.perf_counter()
+    cells = cells_for(len(rows_ND))
+    key = next(key for key in keys_for(cells, rows_ND.shape[1]) if key.split(",")[-1] == kind.split(",")[-1])
     faiss.omp_set_num_threads(trial.work.threads)
     centres = find_centres(_some(rows_ND, ROWS_PER_CENTRE * cells), cells)
     index = trained(key, centres, _some(rows_ND, _SAMPLE_ROWS))
@@ -87,6 +87,19 @@ def add(index: Faiss, vectors_ND: NDArray[np.float32], work: Work) -> None:
     for start in range(0, len(vectors_ND), _BLOCK_ROWS):
         work.proceed()
         index.add(vectors_ND[start : start + _BLOCK_ROWS])
+
+
+def _dense_sample(
+    rows_ND: NDArray[np.float32], queries_QD: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Some rows, and items that ask: a few neighbourhoods with all that is in them. Rows drawn one by one would lie apart."""
+    if len(rows_ND) <= _SAMPLE_ROWS:
+        return rows_ND, queries_QD
+    faiss.omp_set_num_threads(1)
+    size, inner = _SAMPLE_ROWS // _NEIGHBOURHOODS, _SAMPLE_ROWS // _NEIGHBOURHOODS // 10
+    near = faiss.knn(_some(rows_ND, _NEIGHBOURHOODS), rows_ND, size, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    asking = np.unique(near[:, : inner : inner // 10])
+    return rows_ND[np.setdiff1d(near, asking)], rows_ND[asking]
 
 
 def _some(vectors_ND: NDArray[np.float32], count: int) -> NDArray[np.float32]:

@@ -50,9 +50,9 @@ class Searcher:
     def many(self, queries_QD: NDArray[np.float32], k: int, where: Where) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores (Q, k) and ids (Q, k) of the most similar that pass; -inf and -1 where there are fewer."""
         scores, ids = self._nearest(queries_QD, k, where, np.empty(0, np.int64))
-        missing = ((0, 0), (0, k - ids.shape[1]))
-        ids = np.pad(ids, missing, constant_values=-1)
-        scores = np.pad(scores, missing)
+        if ids.shape[1] < k:
+            missing = ((0, 0), (0, k - ids.shape[1]))
+            scores, ids = np.pad(scores, missing), np.pad(ids, missing, constant_values=-1)
         scores[ids < 0] = -np.inf
         return scores, ids
 

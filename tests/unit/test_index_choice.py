@@ -69,11 +69,11 @@ def test_limits_that_cannot_be(wrong):
         IndexLimits(**wrong)
 
 
-@pytest.mark.parametrize("key", keys_for(2000, DIM))
+@pytest.mark.parametrize("key", keys_for(128, DIM))
 def test_measured_recall_is_that_of_a_search(key):
     """Against the same index asked by hand and scored by numpy."""
     rows, queries = clustered(2000), clustered(100, seed=1)
-    index = trained(key, find_centres(rows, cells_for(2000)), rows)
+    index = trained(key, find_centres(rows, 128), rows)
     index.add(rows)
     trial = Trial.of(rows, queries, WORK)
     swept = trial.sweep(key, index, LIMITS)
@@ -93,8 +93,8 @@ def test_measured_recall_is_that_of_a_search(key):
 
 def test_memory_is_measured_as_it_is():
     rows = clustered(2000)
-    for key in keys_for(2000, DIM):
-        index = trained(key, find_centres(rows, cells_for(2000)), rows)
+    for key in keys_for(128, DIM):
+        index = trained(key, find_centres(rows, 128), rows)
         index.add(rows)
         size = Trial.of(rows, rows[:20], WORK).measured(index, Method(key, 16, 1)).bytes
         assert size == pytest.approx(faiss.serialize_index(index).nbytes, rel=0.3), key
@@ -103,7 +103,7 @@ def test_memory_is_measured_as_it_is():
 def test_all_kinds_are_tried_and_the_best_is_built():
     vectors = clustered(4000)
     kinds = try_kinds(Trial.of(vectors[:-300], vectors[-300:], WORK), 8000, LIMITS)
-    assert sorted(swept[0].method.key for swept in kinds) == sorted(keys_for(3700, DIM))
+    assert sorted(swept[0].method.key for swept in kinds) == sorted(keys_for(cells_for(8000) * 3700 // 8000, DIM))
     index, cells, report = build_best(vectors, LIMITS, WORK, exact_ms=1)
     assert index.ntotal == len(cells.of_rows) == 4000
     assert report.chosen in report.tuned[0]

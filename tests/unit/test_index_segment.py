@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 import serve.index_segment
 from serve.index_cells import Pool, find_centres, nearest_centres
-from serve.index_method import Method, cells_for, cells_of, keys_for, set_effort, trained
+from serve.index_method import Method, cells_of, keys_for, set_effort, trained
 from serve.index_segment import Segment, ranked, top
 
 DIM, ROWS = 16, 3000
-KINDS = ["exact", *keys_for(ROWS, DIM)]
+KINDS = ["exact", *keys_for(256, DIM)]
 
 
 def clustered(count, seed=0, clusters=40):
@@ -29,7 +29,7 @@ def segment_of(kind):
     vectors, ids = clustered(ROWS), np.random.default_rng(1).permutation(ROWS) + 100
     if kind == "exact":
         return Segment.of(ids, vectors)
-    centres = find_centres(vectors, cells_for(ROWS))
+    centres = find_centres(vectors, 256)
     index = trained(kind, centres, vectors)
     index.add(vectors)
     method = Method(kind, 64 if kind.startswith("HNSW") else 16, 1 if kind.endswith("Flat") else 20)
