@@ -63,7 +63,7 @@ $(RUNTIME): | $(INSTALLED)
 try-runtime: $(INSTALLED)
 	@$(MAKE) --no-print-directory $(RUNTIME) || true
 
-$(BASE): pyproject.toml $(wildcard serve/*.py) cli.py app.py
+$(BASE): pyproject.toml $(wildcard serve/*.py serve/*/*.py) cli.py app.py
 	$(PYTHON) -m venv .venv-base
 	.venv-base/bin/python -m pip install --quiet --disable-pip-version-check .
 	@touch $@

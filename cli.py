@@ -23,8 +23,8 @@ import tyro
 from tyro.conf import Positional, arg
 
 from serve.errors import ContractError, GalleryError, SimclrError, SourceError
-from serve.limits import Limits
-from serve.load_config import LoadConfig
+from serve.gateway.limits import Limits
+from serve.loadtest.config import LoadConfig
 from serve.preprocess import ImageError
 from train.config import Arch, PresetName, PretrainConfig, Stem
 
@@ -293,7 +293,7 @@ class Export:
             raise SimclrError(f"--server is {self.server!r}, wanted http://host:8000 of a Triton server")
 
     def __call__(self) -> None:
-        from serve.model_control import changed_on
+        from serve.triton.model_control import changed_on
 
         changed = changed_on(self.server)
         if self.rollback:
@@ -345,8 +345,8 @@ class Triton:
         _check_ports(http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port)
 
     def __call__(self) -> None:
+        from serve.triton.supervisor import serve
         from serve.triton_server import TritonServer
-        from serve.triton_supervisor import serve
 
         ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
         serve(TritonServer(self.repository, host=self.host, **ports))
@@ -655,8 +655,8 @@ class BenchServe(LoadConfig):
     """Print JSON."""
 
     def __call__(self) -> None:
-        from serve.load_bench import bench_serve, report_json
-        from serve.load_report import report_lines
+        from serve.loadtest.bench import bench_serve, report_json
+        from serve.loadtest.report import report_lines
 
         report = bench_serve(self)
         print(report_json(report) if self.json else "\n".join(report_lines(report)))
@@ -692,7 +692,7 @@ class Api:
     def __call__(self) -> None:
         from serve.api import create_api
         from serve.classify import Head
-        from serve.http_server import serve_api
+        from serve.gateway.http_server import serve_api
 
         head = Head.load(self.head) if self.head else None
         serve_api(create_api(open_encoder(self.encoder), head=head, limits=self._limits()), host=self.host, port=self.port)

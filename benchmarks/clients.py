@@ -38,7 +38,7 @@ from benchmarks.server import add_encoder  # noqa: E402
 from export.repository import write_repository  # noqa: E402
 from serve.aio import open_async_encoder  # noqa: E402
 from serve.contract import TensorSpec  # noqa: E402
-from serve.model_control import KEY_NAME  # noqa: E402
+from serve.triton.model_control import KEY_NAME  # noqa: E402
 from serve.triton_server import TritonServer  # noqa: E402
 from tests.bad_images import good  # noqa: E402
 from tests.toy_encoder import HEIGHT, WIDTH, write_toy_encoder  # noqa: E402

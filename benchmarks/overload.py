@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from server import add_encoder  # noqa: E402
 
-from serve.limits import Limits  # noqa: E402
+from serve.gateway.limits import Limits  # noqa: E402
 from serve.triton_server import TritonServer  # noqa: E402
 
 CLIENTS = 2 * Limits.at_once

@@ -33,7 +33,7 @@ from serve.ports import HOST
 from serve.preprocess import ImageError, decode
 from serve.signals import stopped_by_sigterm
 from serve.sources import ImageSet, Sample, open_source, read_batches, read_bytes
-from serve.triton_client import TritonEncoder
+from serve.triton.client import TritonEncoder
 from serve.triton_server import TritonServer
 from train.checkpoint import CARD, CHECKPOINT, CONFIG, METRICS, load_encoder
 from train.config import PretrainConfig

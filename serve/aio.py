@@ -20,7 +20,7 @@ from serve.contract import Manifest
 from serve.encoder import Encoder, open_encoder
 from serve.errors import ContractError
 from serve.pictures import Picture
-from serve.triton_client import TritonEncoder
+from serve.triton.client import TritonEncoder
 
 THREADS = 4
 """Groups under way: two servers work then, and have the next at hand."""

@@ -13,17 +13,17 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import PlainTextResponse, Response
 
-from serve.admission import Admission
-from serve.api_metrics import CountRequests, Metrics
-from serve.batching import Batcher
-from serve.canary import Canary
 from serve.classify import Head
 from serve.contract import Manifest
 from serve.encoder import Encoder
-from serve.limits import Limits
+from serve.gateway.admission import Admission
+from serve.gateway.batching import Batcher
+from serve.gateway.canary import Canary
+from serve.gateway.limits import Limits
+from serve.gateway.metrics import CountRequests, Metrics
+from serve.gateway.problems import add_problem_handlers, documented, problem
+from serve.gateway.uploads import PICTURES_BODY, read_pictures
 from serve.preprocess import ImageError
-from serve.problems import add_problem_handlers, documented, problem
-from serve.uploads import PICTURES_BODY, read_pictures
 
 _PROBLEMS = documented((400, 408, 409, 413, 415, 422, 429, 500, 503))
 _T = TypeVar("_T")

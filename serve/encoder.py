@@ -18,7 +18,7 @@ from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest
 from serve.errors import ContractError
 from serve.pictures import Picture, prepare_batch, prepare_each
 from serve.preprocess import ImageError
-from serve.triton_client import TritonEncoder
+from serve.triton.client import TritonEncoder
 from serve.versions import served_version
 
 

@@ -142,6 +142,11 @@ def parse_where(text: str) -> Where:
     return _Parser(text).whole()
 
 
+def as_where(where: str | Where | None) -> Where:
+    """A filter as callers give it: an expression, a tree, or none. Raises: GalleryError."""
+    return where if isinstance(where, Where) else parse_where(where or "")
+
+
 class _Parser:
     """Recursive descent: `not` binds closest, then `and`, then `or`."""
 

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from serve.ann.choice import IndexLimits
 from serve.catalog import Catalog, Item, Known
 from serve.encoder import Encoder
 from serve.errors import GalleryError
-from serve.filters import Where, parse_where
+from serve.filters import Where, as_where
 from serve.gallery_folder import CATALOG_NAME, INDEX_NAME, bytes_on_disk, check_encoder, prepare_folder, tidy
 from serve.index import Index, unit_vectors
-from serve.index_choice import IndexLimits
 from serve.pictures import Picture
 from serve.search import Hit, Searcher
 from serve.sources import Sample, Unreadable, name_fault, printable, read_batches
@@ -175,7 +175,7 @@ class Gallery:
         for the next page; equal scores stand in the order of their ids. Raises: GalleryError, ImageError.
         """
         _check_page(k, offset)
-        return self._searcher.best(self._query(query), k + offset, _where(where), _ids(exclude_ids))[offset:]
+        return self._searcher.best(self._query(query), k + offset, as_where(where), _ids(exclude_ids))[offset:]
 
     def within(
         self,
@@ -192,14 +192,14 @@ class Gallery:
             raise GalleryError(f"search: threshold is {threshold}, wanted -1 to 1")
         _check_page(limit, offset)
         most = None if limit is None else limit + offset
-        return self._searcher.within(self._query(query), threshold, _where(where), most, _ids(exclude_ids))[offset:]
+        return self._searcher.within(self._query(query), threshold, as_where(where), most, _ids(exclude_ids))[offset:]
 
     def search_many(
         self, queries_QD: NDArray[np.floating], k: int = 10, where: str | Where | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores (Q, k), falling, and ids (Q, k) for many vectors; -inf and -1 where fewer pass. Raises: GalleryError."""
         _check_page(k)
-        return self._searcher.many(unit_vectors(queries_QD, self._dim, "queries"), k, _where(where))
+        return self._searcher.many(unit_vectors(queries_QD, self._dim, "queries"), k, as_where(where))
 
     def _query(self, query: Picture | NDArray[np.floating]) -> NDArray[np.float32]:
         return self._vector_of(query, "query", "to search by picture")
@@ -226,15 +226,15 @@ class Gallery:
 
     def items(self, where: str | Where | None = None, limit: int | None = None, offset: int = 0) -> list[Item]:
         """Items that pass `where`, in the order they were added."""
-        return self._catalog.items(_where(where), limit, offset)
+        return self._catalog.items(as_where(where), limit, offset)
 
     def ids(self, where: str | Where | None = None) -> NDArray[np.int64]:
         """Ids (n,) of the items that pass `where`, growing."""
-        return self._catalog.ids(_where(where))
+        return self._catalog.ids(as_where(where))
 
     def count(self, where: str | Where | None = None) -> int:
         """How many items pass `where`."""
-        return self._catalog.count(_where(where))
+        return self._catalog.count(as_where(where))
 
     def vector(self, item_id: int) -> NDArray[np.float32]:
         """The unit vector (D,) of an item. Raises: GalleryError if it does not exist."""
@@ -305,10 +305,6 @@ class Gallery:
         if self.encoder is None:
             raise GalleryError(f"{self.folder}: opened without an encoder, which is needed {purpose}; give --encoder ENC")
         return self.encoder
-
-
-def _where(where: str | Where | None) -> Where:
-    return where if isinstance(where, Where) else parse_where(where or "")
 
 
 def _check_page(k: int | None, offset: int = 0) -> None:

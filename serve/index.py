@@ -19,15 +19,15 @@ import faiss
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from serve.ann.base import Base, damage, folders, newest, open_base
+from serve.ann.build import build, extend
+from serve.ann.choice import IndexLimits, Work
+from serve.ann.lock import exclusive
+from serve.ann.report import table
+from serve.ann.segment import Found
+from serve.ann.state import MANY_ROWS, State
 from serve.catalog import Catalog
 from serve.errors import GalleryError
-from serve.index_base import Base, damage, folders, newest, open_base
-from serve.index_build import build, extend
-from serve.index_choice import IndexLimits, Work
-from serve.index_lock import exclusive
-from serve.index_report import table
-from serve.index_segment import Found
-from serve.index_state import MANY_ROWS, State
 
 log = logging.getLogger(__name__)
 

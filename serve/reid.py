@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.errors import GalleryError, SourceError
-from serve.filters import And, Condition, Where, parse_where
+from serve.filters import And, Condition, Where, as_where
 from serve.gallery import Gallery
 from serve.index import unit_vectors
 from serve.metrics import RankingReport, evaluate_rows
@@ -49,8 +49,7 @@ def rank(
     if identity is not None and camera is not None:
         excluded += gallery.ids(_equal(identity=identity, camera=camera)).tolist()
     if other_cameras_only and camera is not None:
-        wanted = where if isinstance(where, Where) else parse_where(where or "")
-        where = And((wanted, Condition("camera", "!=", (camera,))))
+        where = And((as_where(where), Condition("camera", "!=", (camera,))))
     hits = gallery.search(query, k, where, excluded)
     return [RankedHit(**vars(hit), match=_match(identity, hit.identity)) for hit in hits]
 

@@ -24,9 +24,9 @@ from types import TracebackType
 from typing import Self
 
 from serve.errors import EncoderUnavailable, SimclrError, TritonStartError
-from serve.model_control import KEY_NAME, KEY_VARIABLE, ModelControl
 from serve.ports import HOST, busy_reason, free_port
-from serve.triton_runtime import find_runtime, install_runtime, runtime_folder
+from serve.triton.model_control import KEY_NAME, KEY_VARIABLE, ModelControl
+from serve.triton.runtime import find_runtime, install_runtime, runtime_folder
 
 START_TIMEOUT_S = 300.0
 """Large graphs and TensorRT engines take their time."""

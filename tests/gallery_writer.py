@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import serve.index_state
+import serve.ann.state
 from serve.catalog import Catalog
 from serve.catalog_schema import Facts
 from serve.gallery import Gallery
@@ -68,7 +68,7 @@ def take(gallery: Gallery, step: Step) -> list[int]:
 
 def write(folder: Path, seed: int, pipe: Connection) -> None:
     """Change the gallery until killed."""
-    serve.index_state.MANY_ROWS = 30  # the index is written in the background all the time
+    serve.ann.state.MANY_ROWS = 30  # the index is written in the background all the time
     rng = random.Random(seed)  # noqa: S311
     with Gallery.open(folder) as gallery:
         while True:

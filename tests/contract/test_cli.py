@@ -454,7 +454,7 @@ def name_of(door):
 @pytest.mark.parametrize("door", ENCODER_DOORS, ids=name_of)
 @pytest.mark.parametrize("encoder", BAD_ENCODERS)
 def test_an_encoder_that_is_none(refused, tmp_path, monkeypatch, door, encoder):
-    monkeypatch.setattr("serve.triton_endpoints.WAITS_S", (0.0, 0.01, 0.01))
+    monkeypatch.setattr("serve.triton.endpoints.WAITS_S", (0.0, 0.01, 0.01))
     words = [str(tmp_path / "out") if word == "OUT" else word for word in door]
     assert re.search(BAD_ENCODERS[encoder], refused(*words, "--encoder", encoder))
     assert tree(tmp_path) == []

@@ -1,7 +1,6 @@
 """Two real servers behind one address: one fails in many ways; no request is lost and no vector is wrong."""
 
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -14,21 +13,14 @@ import pytest
 from export.repository import write_repository
 from serve.encoder import open_encoder
 from serve.errors import EncoderMismatch, SimclrError
-from serve.model_control import ModelControl
-from serve.triton_client import TritonEncoder
-from serve.triton_runtime import runtime_folder
+from serve.triton.client import TritonEncoder
+from serve.triton.model_control import ModelControl
 from serve.triton_server import TritonServer
 from tests.bad_images import good
 from tests.toy_encoder import write_toy_encoder
 
 pytestmark = pytest.mark.triton
 ANY_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _runtime():
-    if shutil.which("tritonserver") is None and not (runtime_folder() / "bin" / "python").is_file():
-        pytest.skip(f"no tritonserver on PATH and no runtime in {runtime_folder()} (make triton-runtime)")
 
 
 def write(folder, seed=0):

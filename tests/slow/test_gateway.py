@@ -1,7 +1,6 @@
 """The gateway in front of the real Triton: the same vectors, bad pictures, and a server that dies and comes back."""
 
 import os
-import shutil
 import signal
 import time
 
@@ -10,21 +9,14 @@ import pytest
 from fastapi.testclient import TestClient
 
 from export.repository import write_repository
-from serve import canary
 from serve.api import create_api
 from serve.encoder import OnnxEncoder, open_encoder
-from serve.triton_runtime import runtime_folder
+from serve.gateway import canary
 from serve.triton_server import TritonServer
 from tests.bad_images import accepted, good, refused
 from tests.toy_encoder import write_toy_encoder
 
 pytestmark = pytest.mark.triton
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _runtime():
-    if shutil.which("tritonserver") is None and not (runtime_folder() / "bin" / "python").is_file():
-        pytest.skip(f"no tritonserver on PATH and no runtime in {runtime_folder()} (make triton-runtime)")
 
 
 def test_bad_pictures_and_a_server_that_dies(tmp_path, monkeypatch):

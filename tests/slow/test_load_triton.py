@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import threading
 import urllib.request
@@ -11,20 +10,13 @@ import pytest
 
 import cli
 from export.repository import write_repository
-from serve.load_bench import bench_serve
-from serve.load_config import LoadConfig
-from serve.triton_runtime import runtime_folder
+from serve.loadtest.bench import bench_serve
+from serve.loadtest.config import LoadConfig
 from serve.triton_server import TritonServer
 from tests.toy_encoder import write_toy_encoder
 
 pytestmark = pytest.mark.triton
 ANY_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _runtime():
-    if shutil.which("tritonserver") is None and not (runtime_folder() / "bin" / "python").is_file():
-        pytest.skip(f"no tritonserver on PATH and no runtime in {runtime_folder()} (make triton-runtime)")
 
 
 @pytest.fixture(scope="module")

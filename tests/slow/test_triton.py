@@ -27,19 +27,13 @@ from serve.aio import open_async_encoder
 from serve.encoder import open_encoder
 from serve.errors import ContractError, EncoderUnavailable, TritonStartError
 from serve.preprocess import ImageError
-from serve.triton_client import TritonEncoder
-from serve.triton_runtime import find_runtime, runtime_folder
+from serve.triton.client import TritonEncoder
+from serve.triton.runtime import find_runtime, runtime_folder
 from serve.triton_server import TritonServer
 from tests.toy_encoder import HEIGHT, WIDTH, toy_head, write_toy_encoder
 
 pytestmark = pytest.mark.triton
 ANY_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _runtime():
-    if shutil.which("tritonserver") is None and not (runtime_folder() / "bin" / "python").is_file():
-        pytest.skip(f"no tritonserver on PATH and no runtime in {runtime_folder()} (make triton-runtime)")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,15 +20,14 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from export.repository import write_repository
-from serve import triton_supervisor
 from serve.encoder import open_encoder
 from serve.errors import TritonStartError
-from serve.model_control import KEY_VARIABLE
 from serve.preprocess import ImageError
-from serve.triton_client import TritonEncoder
-from serve.triton_runtime import runtime_folder
+from serve.triton import supervisor
+from serve.triton.client import TritonEncoder
+from serve.triton.model_control import KEY_VARIABLE
+from serve.triton.supervisor import canary_fault, supervise
 from serve.triton_server import TritonServer
-from serve.triton_supervisor import canary_fault, supervise
 from tests.bad_images import accepted, good, refused
 from tests.toy_encoder import write_toy_encoder
 
@@ -44,12 +42,6 @@ ADMINISTRATION = [
     "trace/setting",
     "logging",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _runtime():
-    if shutil.which("tritonserver") is None and not (runtime_folder() / "bin" / "python").is_file():
-        pytest.skip(f"no tritonserver on PATH and no runtime in {runtime_folder()} (make triton-runtime)")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +145,7 @@ def processes(server, name=""):
 @pytest.fixture
 def supervised(repository, monkeypatch):
     """A server of its own with a quick supervisor; what it raises is kept. The server is started by the supervising thread."""
-    monkeypatch.setattr(triton_supervisor, "CANARY_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(supervisor, "CANARY_TIMEOUT_S", 5.0)
     server, up, raised = TritonServer(repository, **ANY_PORTS), threading.Event(), []
 
     def run():
@@ -168,7 +160,7 @@ def supervised(repository, monkeypatch):
     thread.start()
     assert up.wait(30)
     yield server, raised
-    monkeypatch.setattr(triton_supervisor, "RESTARTS", 0)
+    monkeypatch.setattr(supervisor, "RESTARTS", 0)
     for pid in processes(server):
         os.kill(pid, signal.SIGKILL)
     thread.join(30)
@@ -205,7 +197,7 @@ def test_a_dead_server_is_started_again_but_not_for_ever(supervised, monkeypatch
     server, raised = supervised
     os.kill(server.pid, signal.SIGKILL)
     assert answers_again(server)
-    monkeypatch.setattr(triton_supervisor, "RESTARTS", 1)
+    monkeypatch.setattr(supervisor, "RESTARTS", 1)
     os.kill(server.pid, signal.SIGKILL)
     deadline = time.monotonic() + 20
     while not raised and time.monotonic() < deadline:

@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from serve.admission import DROPPED_BYTES, Admission
-from serve.api_metrics import Metrics
-from serve.limits import Limits
+from serve.gateway.admission import DROPPED_BYTES, Admission
+from serve.gateway.limits import Limits
+from serve.gateway.metrics import Metrics
 
 
 class Request:
@@ -279,7 +279,7 @@ def test_small_refused_bodies_are_dropped_and_the_connection_is_kept(length, kep
 
 
 def test_who_refuses_does_not_wait_for_ever_for_the_rest_of_a_body(monkeypatch):
-    monkeypatch.setattr("serve.admission.LINGER_S", 0.02)
+    monkeypatch.setattr("serve.gateway.admission.LINGER_S", 0.02)
 
     async def test():
         async with room(at_once=1, waiting=0) as here:

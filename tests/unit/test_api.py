@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from fastapi.openapi.models import OpenAPI
 
-from serve import canary
 from serve.api import ClassifyAnswer, EmbedAnswer, create_api
 from serve.encoder import OnnxEncoder
 from serve.errors import ContractError, EncoderMismatch, EncoderUnavailable, GalleryError, SimclrError
-from serve.limits import Limits
+from serve.gateway import canary
+from serve.gateway.limits import Limits
 from tests.bad_images import accepted, good, refused
 from tests.gated_encoder import GatedEncoder
 from tests.toy_encoder import DIM, toy_head, write_toy_encoder

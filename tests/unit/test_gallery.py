@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import serve.index_build
+import serve.ann.build
 from serve.contract import Manifest
 from serve.errors import EncoderMismatch, GalleryError
 from serve.gallery import Gallery
@@ -559,7 +559,7 @@ def full(*_):
 def test_a_full_disk_on_saving(gallery, tmp_path, monkeypatch, caplog):
     gallery.add(samples_of(5), vectors_of(5))
     with monkeypatch.context() as patch:
-        patch.setattr(serve.index_build, "write_header", full)
+        patch.setattr(serve.ann.build, "write_header", full)
         with pytest.raises(GalleryError, match="No space left on device") as caught:
             gallery.save()
         assert "\n" not in str(caught.value)

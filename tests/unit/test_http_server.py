@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from serve.errors import SimclrError
-from serve.http_server import _listen, serve_api
+from serve.gateway.http_server import _listen, serve_api
 from tests.bad_images import good
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +24,8 @@ import sys, time
 from pathlib import Path
 from serve.api import create_api
 from serve.encoder import OnnxEncoder
-from serve.http_server import serve_api
-from serve.limits import Limits
+from serve.gateway.http_server import serve_api
+from serve.gateway.limits import Limits
 from tests.toy_encoder import write_toy_encoder
 
 folder = Path(sys.argv[1])

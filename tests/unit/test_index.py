@@ -8,12 +8,12 @@ import shutil
 import numpy as np
 import pytest
 
-import serve.index_build
-import serve.index_state
+import serve.ann.build
+import serve.ann.state
+from serve.ann.base import folders
 from serve.catalog import Catalog, Facts
 from serve.errors import GalleryError
 from serve.index import Index, unit_vectors
-from serve.index_base import folders
 from serve.sources import Sample
 
 DIM = 8
@@ -183,7 +183,7 @@ def test_a_failed_save_leaves_the_old_base(tmp_path, catalog, monkeypatch):
     index.catch_up()
     for step in ("write_array", "write_header"):
         with monkeypatch.context() as patch:
-            patch.setattr(serve.index_build, step, full)
+            patch.setattr(serve.ann.build, step, full)
             with pytest.raises(GalleryError, match=r"No space left on device.*nothing is lost"):
                 index.save()
     assert folders(tmp_path / "index") == before
@@ -270,7 +270,7 @@ def test_without_a_base_many_rows_go_to_the_disk_before_they_are_searched(tmp_pa
     assert index.unsaved == 0
     assert_right(index, catalog)
     with monkeypatch.context() as patch:
-        patch.setattr(serve.index_build, "write_header", full)
+        patch.setattr(serve.ann.build, "write_header", full)
         inside = Index(catalog, tmp_path / "elsewhere")
     assert inside.unsaved == 50  # no room: then in memory
     assert_right(inside, catalog)
@@ -281,7 +281,7 @@ def test_problems_are_found(tmp_path, catalog):
     index.save()
     state = index._state.without(np.array([4, 5]))
     foreign = state.tail.followed_by(np.array([5, 500]), random_units(2, 77))
-    index._state = serve.index_state.replace(state, tail=foreign)
+    index._state = serve.ann.state.replace(state, tail=foreign)
     with catalog._file.writing() as db:
         db.execute("UPDATE vectors SET vector = zeroblob(32) WHERE id = 6")
     assert sorted(index.problems()) == [

@@ -7,12 +7,12 @@ import faiss
 import numpy as np
 import pytest
 
+from serve.ann.cells import find_centres
+from serve.ann.choice import IndexLimits, Measured, Report, Trial, Work, by_promise, knee, try_kinds, undominated
+from serve.ann.method import Method, cells_for, keys_for, trained
+from serve.ann.report import draw, table
+from serve.ann.tuning import build_best, check
 from serve.errors import GalleryError
-from serve.index_cells import find_centres
-from serve.index_choice import IndexLimits, Measured, Report, Trial, Work, by_promise, knee, try_kinds, undominated
-from serve.index_method import Method, cells_for, keys_for, trained
-from serve.index_report import draw, table
-from serve.index_tuning import build_best, check
 
 DIM = 16
 WORK = Work(threads=1, proceed=lambda: None)

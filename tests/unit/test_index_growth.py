@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import serve.ann.state
 import serve.index
-import serve.index_state
+from serve.ann.base import folders
+from serve.ann.choice import IndexLimits
 from serve.catalog import Catalog, Facts
 from serve.index import Index, unit_vectors
-from serve.index_base import folders
-from serve.index_choice import IndexLimits
 from serve.sources import Sample
 
 DIM = 16
@@ -26,9 +26,9 @@ QUICK = IndexLimits(recall=0.9, latency_ms=1e-3)
 
 @pytest.fixture(autouse=True)
 def few_rows_count_as_many(monkeypatch):
-    for module in (serve.index, serve.index_state):
+    for module in (serve.index, serve.ann.state):
         monkeypatch.setattr(module, "MANY_ROWS", 400)
-    monkeypatch.setattr(serve.index_state, "_TAIL_ROWS", 50)
+    monkeypatch.setattr(serve.ann.state, "_TAIL_ROWS", 50)
 
 
 @pytest.fixture
@@ -228,13 +228,13 @@ def test_searches_while_others_add_remove_update_and_compact(tmp_path, catalog):
 
 WRITER = """
 import sys, numpy as np
-import serve.index, serve.index_state
+import serve.index, serve.ann.state
 from pathlib import Path
 from serve.catalog import Catalog
 from serve.index import Index, unit_vectors
 from serve.sources import Sample
 
-serve.index.MANY_ROWS = serve.index_state.MANY_ROWS = 100
+serve.index.MANY_ROWS = serve.ann.state.MANY_ROWS = 100
 folder, name = Path(sys.argv[1]), sys.argv[2]
 catalog = Catalog(folder / "catalog.sqlite")
 index = Index(catalog, folder / "index")

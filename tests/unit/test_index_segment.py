@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import serve.index_segment
-from serve.index_cells import Pool, find_centres, nearest_centres
-from serve.index_method import Method, cells_of, keys_for, set_effort, trained
-from serve.index_segment import Segment, ranked, top
+import serve.ann.segment
+from serve.ann.cells import Pool, find_centres, nearest_centres
+from serve.ann.method import Method, cells_of, keys_for, set_effort, trained
+from serve.ann.segment import Segment, ranked, top
 
 DIM, ROWS = 16, 3000
 KINDS = ["exact", *keys_for(256, DIM)]
@@ -39,7 +39,7 @@ def segment_of(kind):
 
 @pytest.fixture(autouse=True)
 def few_rows_count_as_many(monkeypatch):
-    monkeypatch.setattr(serve.index_segment, "_BRUTE_ROWS", 60)
+    monkeypatch.setattr(serve.ann.segment, "_BRUTE_ROWS", 60)
 
 
 def truth(segment, query, k, allowed=None):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.keep_alive import KeepAlive
+from serve.triton.keep_alive import KeepAlive
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Say: so\r\n\r\nhi"
 

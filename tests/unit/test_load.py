@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from serve.load import BEHIND_S, PAUSE_S, Load, event_loop, poisson_arrivals
-from serve.load_targets import Kind, RequestFailed
+from serve.loadtest.loops import BEHIND_S, PAUSE_S, Load, event_loop, poisson_arrivals
+from serve.loadtest.targets import Kind, RequestFailed
 
 
 def measure(target, *, seconds, warmup_s=0.0, clients=None, rate=None, stop_after_s=None):

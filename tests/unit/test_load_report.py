@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.load import Samples
-from serve.load_bench import report_json
-from serve.load_config import LoadConfig
-from serve.load_plot import quantile_curve, save_plot
-from serve.load_report import PERCENTILES, make_report, percentiles_ms, report_lines
-from serve.load_targets import Kind
-from serve.load_triton import ModelFigures, between, parse_counters
+from serve.loadtest.bench import report_json
+from serve.loadtest.config import LoadConfig
+from serve.loadtest.loops import Samples
+from serve.loadtest.plot import quantile_curve, save_plot
+from serve.loadtest.report import PERCENTILES, make_report, percentiles_ms, report_lines
+from serve.loadtest.targets import Kind
+from serve.loadtest.triton_metrics import ModelFigures, between, parse_counters
 
 URL = "grpc://127.0.0.1:8001/toy"
 

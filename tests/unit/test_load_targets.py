@@ -15,8 +15,8 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from serve.errors import SourceError
-from serve.load_requests import DRAWN, MOST, PHOTO_PX, TritonRequests, draw_pictures, gateway_bodies, take_pictures
-from serve.load_targets import GrpcTarget, HttpTarget, Kind, RequestFailed
+from serve.loadtest.requests import DRAWN, MOST, PHOTO_PX, TritonRequests, draw_pictures, gateway_bodies, take_pictures
+from serve.loadtest.targets import GrpcTarget, HttpTarget, Kind, RequestFailed
 from serve.pictures import prepare_batch
 from serve.ports import free_port
 from tests.bad_images import encoded, good, refused

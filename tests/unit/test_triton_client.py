@@ -12,8 +12,8 @@ from serve.contract import METADATA_KEY
 from serve.encoder import open_encoder
 from serve.errors import ContractError, EncoderUnavailable, SimclrError
 from serve.ports import free_port
-from serve.triton_client import TritonEncoder
-from serve.triton_endpoints import WAITS_S
+from serve.triton.client import TritonEncoder
+from serve.triton.endpoints import WAITS_S
 from tests.toy_encoder import write_toy_encoder
 
 

@@ -7,10 +7,10 @@ from http.client import BadStatusLine
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from serve import triton_endpoints
 from serve.errors import ContractError, EncoderMismatch, EncoderUnavailable
-from serve.triton_endpoints import Endpoints, RefusedError
-from serve.triton_transport import parse_url
+from serve.triton import endpoints
+from serve.triton.endpoints import Endpoints, RefusedError
+from serve.triton.transport import parse_url
 
 
 class Clock:
@@ -29,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     found = Clock()
-    monkeypatch.setattr(triton_endpoints, "time", found)
+    monkeypatch.setattr(endpoints, "time", found)
     return found
 
 
@@ -165,22 +165,22 @@ def ill_if_first(number, ends):
 
 def test_a_probe_that_succeeds_brings_the_server_back(servers, clock):
     asked(servers, {0})
-    clock.now += triton_endpoints.REST_S
+    clock.now += endpoints.REST_S
     assert 0 not in asked(servers, greet=well)
     assert servers._probes.run() == 1
     assert sorted(asked(servers, greet=well)[0] for _ in range(3)) == [0, 1, 2]
     asked(servers, {0, 1, 2} - {1})
-    assert servers.all[0].rest_s == triton_endpoints.REST_S, "who was well since rests as shortly as at first"
+    assert servers.all[0].rest_s == endpoints.REST_S, "who was well since rests as shortly as at first"
 
 
 def test_a_server_may_fail_for_ever(servers, clock):
     """2.0 ** 1024 is too large."""
     asked(servers, {0})
     for _ in range(1100):
-        clock.now += triton_endpoints.MOST_REST_S
+        clock.now += endpoints.MOST_REST_S
         asked(servers, greet=ill_if_first)
         assert servers._probes.run() == 1
-    assert servers.all[0].rest_s == triton_endpoints.MOST_REST_S
+    assert servers.all[0].rest_s == endpoints.MOST_REST_S
 
 
 def test_when_all_rest_they_are_asked_all_the_same(servers):
@@ -200,7 +200,7 @@ def test_all_are_asked_before_a_request_is_given_up(servers, clock):
 
     with pytest.raises(EncoderUnavailable, match="no Triton server answers"):
         servers.call(request)
-    assert sorted(order) == sorted([0, 1, 2] * len(triton_endpoints.WAITS_S))
+    assert sorted(order) == sorted([0, 1, 2] * len(endpoints.WAITS_S))
     assert clock.now > 100
 
 
@@ -297,7 +297,7 @@ def test_a_server_that_was_away_is_asked_who_it_is_before_it_gets_work(servers, 
     assert [asked(servers, greet=greet) for _ in range(3)] == [[0], [1], [2]]
     assert greeted == [0, 1, 2], "who has just said who it is is not asked again"
     asked(servers, {0})
-    clock.now += triton_endpoints.REST_S
+    clock.now += endpoints.REST_S
     asked(servers, greet=greet)
     servers._probes.run()
     assert sorted(asked(servers, greet=greet)[0] for _ in range(3)) == [0, 1, 2]
@@ -308,7 +308,7 @@ def test_no_server_can_be_replaced_unnoticed_between_two_requests(servers, clock
     greeted = []
     greet = lambda number, _ends: greeted.append(number)  # noqa: E731
     servers.meet(greet)
-    clock.now += triton_endpoints.GREETED_FOR_S
+    clock.now += endpoints.GREETED_FOR_S
     for _ in range(6):
         asked(servers, greet=greet)
     assert greeted == [0, 1, 2] * 2
@@ -321,7 +321,7 @@ def test_a_server_with_another_encoder_gets_no_work(servers, clock):
 
     for _ in range(6):
         assert 1 not in asked(servers, greet=greet)
-        clock.now += triton_endpoints.MOST_REST_S
+        clock.now += endpoints.MOST_REST_S
         servers._probes.run()
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import serve.triton_runtime as runtime
+import serve.triton.runtime as runtime
 import serve.triton_server as triton
 from serve.errors import TritonStartError
+from serve.triton.supervisor import RESTARTS, supervise
 from serve.triton_server import TritonServer
 
 ANY_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
@@ -207,7 +208,7 @@ def test_a_server_that_ends_by_itself_is_noticed(repository, fake_tritonserver):
 def test_the_server_does_not_outlive_us(repository, fake_tritonserver, tmp_path, number):
     fake_tritonserver(SERVES.format(extra=f"import os; Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"))
     program = (
-        "from pathlib import Path; from serve.triton_server import *; from serve.triton_supervisor import serve; "
+        "from pathlib import Path; from serve.triton_server import *; from serve.triton.supervisor import serve; "
         f"serve(TritonServer(Path({str(repository)!r}), http_port=0, grpc_port=0, metrics_port=0))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
@@ -223,3 +224,25 @@ def test_the_server_does_not_outlive_us(repository, fake_tritonserver, tmp_path,
     if number != 9:
         assert code == 0
         assert not scratch(tmp_path)
+
+
+def test_a_server_that_dies_while_it_is_restarted_has_failed_once_more(tmp_path, capsys):
+    class Dying:
+        repository = tmp_path
+        starts = 0
+
+        def ended_within(self, _):
+            return "it ended by itself"
+
+        def stop(self, *, drain):
+            assert not drain
+
+        def start(self):
+            self.starts += 1
+            raise TritonStartError("the Triton server did not start: killed")
+
+    server = Dying()
+    with pytest.raises(TritonStartError, match=rf"failed {RESTARTS + 1} times in 10 minutes, at last: .*did not start: killed"):
+        supervise(server)
+    assert server.starts == RESTARTS
+    assert "ready again" not in capsys.readouterr().err

@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.index_cells import Cells, nearest_centres
+from serve.ann.cells import Cells, nearest_centres
 
 Faiss: TypeAlias = Any
 """An index of FAISS: its type stubs miss what its Python layer adds."""

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.load import Samples
-from serve.load_config import LoadConfig
-from serve.load_targets import Kind
-from serve.load_triton import ModelFigures
+from serve.loadtest.config import LoadConfig
+from serve.loadtest.loops import Samples
+from serve.loadtest.targets import Kind
+from serve.loadtest.triton_metrics import ModelFigures
 
 PERCENTILES = {"p50": 500, "p90": 900, "p99": 990, "p99.9": 999, "max": 1000}
 """In thousandths: ranks are counted in whole numbers, because numpy's, of 0.999 and 1,000 values, is one too high."""

@@ -14,17 +14,13 @@ from typing import Protocol
 import aiohttp
 import grpc.aio  # type: ignore[import-untyped]
 
+from serve.triton.transport import CHANNEL
+
 _SERVICE = "/inference.GRPCInferenceService/ModelInfer"
 _CONNECTIONS = 8
 """Many clients have many connections. One alone was the bottleneck here: 8 clients with 49 KB each got answers in 8 to 12 ms
 (p50) over one, in 3 to 8 ms over four."""
-_CHANNEL = [
-    ("grpc.use_local_subchannel_pool", 1),  # or else equal channels share one connection
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 200),
-]
+_CHANNEL = [*CHANNEL, ("grpc.use_local_subchannel_pool", 1)]  # or else equal channels share one connection
 _NO_CONNECTION = re.compile(
     "failed to connect|errors resolving|socket closed|connection reset|goaway|cancelling all calls", re.I
 )

@@ -1,7 +1,7 @@
 """Triton without a container: NVIDIA's server binary from the wheel `nvidia-pytriton`, in a venv of its own.
 
 Of its own, because Triton's Python stub needs numpy<2: with numpy 2 it returns every tensor empty, and says nothing. The
-wheel has no onnxruntime backend; serve/triton_onnxruntime.py takes that place.
+wheel has no onnxruntime backend; serve/triton/onnxruntime_backend.py takes that place.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PipRuntime:
         shutil.copytree(self.triton / "backends" / "python", folder / "python", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(self.stub, folder / "python")
         (folder / "onnxruntime").mkdir()
-        shutil.copyfile(Path(__file__).with_name("triton_onnxruntime.py"), folder / "onnxruntime" / "model.py")
+        shutil.copyfile(Path(__file__).with_name("onnxruntime_backend.py"), folder / "onnxruntime" / "model.py")
         return folder
 
 

@@ -9,9 +9,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.index_cells import ROWS_PER_CENTRE, Cells, find_centres
-from serve.index_choice import IndexLimits, Measured, Report, Trial, Work, by_promise, knee, try_kinds
-from serve.index_method import Faiss, cells_for, cells_of, keys_for, trained
+from serve.ann.cells import ROWS_PER_CENTRE, Cells, find_centres
+from serve.ann.choice import IndexLimits, Measured, Report, Trial, Work, by_promise, knee, try_kinds
+from serve.ann.method import Faiss, cells_for, cells_of, keys_for, trained
 
 HELD_ROWS = 300
 """Items that ask for their nearest before they are put in themselves."""

@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager, suppress
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api_metrics import Metrics
-from serve.limits import Limits
-from serve.problems import problem
+from serve.gateway.limits import Limits
+from serve.gateway.metrics import Metrics
+from serve.gateway.problems import problem
 
 DROPPED_BYTES = 2**20
 """A refused body up to this size is read and dropped, and the connection lives on; after a larger one it is closed."""

@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from serve.errors import ContractError, EncoderUnavailable
 from serve.files import atomic_path
-from serve.load import Load, Samples, event_loop, poisson_arrivals
-from serve.load_config import LoadConfig
-from serve.load_plot import save_plot
-from serve.load_report import LoadReport, make_report
-from serve.load_requests import TritonRequests, draw_pictures, gateway_bodies, take_pictures
-from serve.load_targets import GrpcTarget, HttpTarget, RequestFailed, Target
-from serve.load_triton import Counters, ModelFigures, between, read_counters
-from serve.triton_client import TritonEncoder
-from serve.triton_transport import parse_url
+from serve.loadtest.config import LoadConfig
+from serve.loadtest.loops import Load, Samples, event_loop, poisson_arrivals
+from serve.loadtest.plot import save_plot
+from serve.loadtest.report import LoadReport, make_report
+from serve.loadtest.requests import TritonRequests, draw_pictures, gateway_bodies, take_pictures
+from serve.loadtest.targets import GrpcTarget, HttpTarget, RequestFailed, Target
+from serve.loadtest.triton_metrics import Counters, ModelFigures, between, read_counters
+from serve.triton.client import TritonEncoder
+from serve.triton.transport import parse_url
 
 _METRICS_PORT = 8002
 _GLANCE_S = 0.2

@@ -10,9 +10,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.catalog import Catalog, Change
-from serve.files import atomic_folder
-from serve.index_base import (
+from serve.ann.base import (
     FAISS_NAME,
     IDS_NAME,
     PLOT_NAME,
@@ -25,13 +23,15 @@ from serve.index_base import (
     write_header,
     write_index,
 )
-from serve.index_cells import Cells
-from serve.index_choice import IndexLimits, Report, Work, median_ms
-from serve.index_method import cells_of
-from serve.index_report import draw
-from serve.index_segment import Segment
-from serve.index_state import State
-from serve.index_tuning import HELD_ROWS, add, build_best, check
+from serve.ann.cells import Cells
+from serve.ann.choice import IndexLimits, Report, Work, median_ms
+from serve.ann.method import cells_of
+from serve.ann.report import draw
+from serve.ann.segment import Segment
+from serve.ann.state import State
+from serve.ann.tuning import HELD_ROWS, add, build_best, check
+from serve.catalog import Catalog, Change
+from serve.files import atomic_folder
 
 _BLOCK_ROWS = 8192
 _GROWTH = 4

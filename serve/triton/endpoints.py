@@ -16,7 +16,7 @@ from typing import TypeAlias, TypeVar
 from tritonclient.utils import InferenceServerException
 
 from serve.errors import ContractError, EncoderMismatch, EncoderUnavailable, SimclrError
-from serve.triton_transport import Grpc, Http, Transport
+from serve.triton.transport import Grpc, Http, Transport
 
 WAITS_S = (0.0, 0.1, 0.2)
 """Before the servers are asked for the first, second and third time."""

@@ -16,7 +16,7 @@ from PIL import Image
 from serve.errors import SimclrError, TritonStartError
 from serve.ports import HOST
 from serve.signals import stopped_by_sigterm
-from serve.triton_client import TritonEncoder
+from serve.triton.client import TritonEncoder
 from serve.triton_server import TritonServer
 
 PERIOD_S = 5.0
@@ -43,15 +43,21 @@ def supervise(server: TritonServer, *, period_s: float = PERIOD_S) -> None:
     Runs until interrupted. Raises: TritonStartError after too many restarts.
     """
     restarts: list[float] = []
+    not_started: str | None = None
     while True:
-        reason = _until_it_fails(server, period_s)
+        reason = not_started or _until_it_fails(server, period_s)
         now = time.monotonic()
         restarts = [when for when in restarts if now - when < WINDOW_S] + [now]
         if len(restarts) > RESTARTS:
             raise TritonStartError(f"Triton failed {len(restarts)} times in {WINDOW_S / 60:g} minutes, at last: {reason}")
         print(f"{datetime.now():%H:%M:%S} Triton is restarted: {reason}", file=sys.stderr, flush=True)
         server.stop(drain=False)  # whoever is still waiting waits for the dead
-        server.start()
+        try:
+            server.start()
+        except TritonStartError as error:
+            not_started = str(error)
+            continue
+        not_started = None
         print(f"{datetime.now():%H:%M:%S} Triton is ready again", file=sys.stderr, flush=True)
 
 

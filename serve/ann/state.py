@@ -8,9 +8,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.ann.base import Base
+from serve.ann.segment import Found, Segment, ranked
 from serve.catalog import Catalog, Change
-from serve.index_base import Base
-from serve.index_segment import Found, Segment, ranked
 
 _TAIL_ROWS = 1024
 """Newest rows that are scored one by one; more go to the rows in cells."""

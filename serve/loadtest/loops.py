@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.load_targets import Kind, RequestFailed
+from serve.loadtest.targets import Kind, RequestFailed
 
 PAUSE_S = 0.05
 """A client that finds nobody at the address waits so long, rather than ask ten thousand times a second."""

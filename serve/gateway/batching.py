@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.api_metrics import Metrics
 from serve.encoder import Encoder
 from serve.errors import EncoderUnavailable
+from serve.gateway.metrics import Metrics
 from serve.preprocess import ImageError, load_image
 
 MAX_BATCH = 32

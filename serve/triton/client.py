@@ -13,14 +13,14 @@ from serve.contract import METADATA_KEY, Manifest
 from serve.errors import ContractError, EncoderMismatch
 from serve.pictures import Picture, prepare_batch
 from serve.preprocess import ImageError
-from serve.triton_endpoints import Endpoints, RefusedError
-from serve.triton_transport import Transport, parse_url
+from serve.triton.endpoints import Endpoints, RefusedError
+from serve.triton.transport import Transport, parse_url
 
 
 class TritonEncoder:
     """The `Encoder` protocol over the network; may be used from many threads at once.
 
-    Of several servers the least busy one is asked, and another one if that does not answer (`serve.triton_endpoints`).
+    Of several servers the least busy one is asked, and another one if that does not answer (`serve.triton.endpoints`).
 
     Args: timeout_s, the limit for connecting, and for each batch that is sent, whatever happens.
     Raises: EncoderMismatch if the servers' encoders differ, ContractError if there is no such encoder, EncoderUnavailable if

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from serve.batching import Batcher
+from serve.gateway.batching import Batcher
 
 FRESH_S = 5.0
 """An answer of the encoder counts for so long."""

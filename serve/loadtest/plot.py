@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from serve.load import Samples
-from serve.load_report import LoadReport, headline
-from serve.load_targets import Kind
+from serve.loadtest.loops import Samples
+from serve.loadtest.report import LoadReport, headline
+from serve.loadtest.targets import Kind
 
 _COLOURS = {"answered": "C0", "shed": "C1", "timeout": "C3", "no_connection": "C4", "bad_request": "C5", "other": "C6"}
 _LATE = "C7"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from serve.index_choice import IndexLimits, Measured, Report, knee
+from serve.ann.choice import IndexLimits, Measured, Report, knee
 
 
 def table(report: Report, limits: IndexLimits) -> str:

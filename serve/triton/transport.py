@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from serve.errors import ContractError
-from serve.keep_alive import Answer, KeepAlive
+from serve.triton.keep_alive import Answer, KeepAlive
 
 _PORTS = {"grpc": 8001, "http": 8000}
 _JSON_LENGTH = "Inference-Header-Content-Length"
 """How much of a body is JSON; the tensors follow it."""
-_CHANNEL = [
+CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 200),  # gRPC's own 120 s would go on refusing long after a server has come back
 ]
+"""Of a gRPC connection."""
 
 
 class Transport(Protocol):
@@ -53,7 +54,7 @@ class Grpc:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._client = tritonclient.grpc.InferenceServerClient(address, channel_args=_CHANNEL)
+        self._client = tritonclient.grpc.InferenceServerClient(address, channel_args=CHANNEL)
 
     def models(self, ends: float) -> list[str]:
         """See `Transport`."""
@@ -77,7 +78,7 @@ class Grpc:
 
 
 class Http:
-    """tritonclient's encoding of tensors over our own connections: see `serve.keep_alive`."""
+    """tritonclient's encoding of tensors over our own connections: see `serve.triton.keep_alive`."""
 
     def __init__(self, address: str) -> None:
         self.address = address

@@ -14,10 +14,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.ann.cells import find_centres
+from serve.ann.method import Faiss, Method, bytes_of, cells_for, efforts, fetches, keys_for, set_effort, trained
+from serve.ann.segment import Segment
 from serve.errors import GalleryError
-from serve.index_cells import find_centres
-from serve.index_method import Faiss, Method, bytes_of, cells_for, efforts, fetches, keys_for, set_effort, trained
-from serve.index_segment import Segment
 
 K = 10
 """Recall is that of so many results."""

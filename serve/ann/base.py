@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from serve.ann.cells import Cells
+from serve.ann.choice import IndexLimits, Report
+from serve.ann.method import EXACT, Faiss, Method, set_effort
+from serve.ann.segment import Segment
 from serve.catalog import Catalog, Change
-from serve.index_cells import Cells
-from serve.index_choice import IndexLimits, Report
-from serve.index_method import EXACT, Faiss, Method, set_effort
-from serve.index_segment import Segment
 
 log = logging.getLogger(__name__)
 

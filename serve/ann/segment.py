@@ -9,8 +9,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.index_cells import Cells, Pool, nearest_centres
-from serve.index_method import Faiss, Method, lists_beside
+from serve.ann.cells import Cells, Pool, nearest_centres
+from serve.ann.method import Faiss, Method, lists_beside
 
 Found: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Scores (Q, n) and rows or ids (Q, n)."""

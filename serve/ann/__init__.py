@@ -1,0 +1,1 @@
+"""Approximate nearest neighbours: the parts of serve/index.py."""

@@ -1,0 +1,1 @@
+"""`simclr bench serve`: load on a server, and what it answered."""

@@ -1,0 +1,1 @@
+"""Triton as a client sees it, and as it is started and watched."""
