@@ -73,14 +73,15 @@ def measure(run: Path, images: Path, models: Path, arguments: argparse.Namespace
     for precision in ("fp32", "int8"):
         options = {"precision": precision, "images": str(images), "accept_loss": True}
         publish(*load_encoder(run), models / precision, name="bench", head=None, target="cpu", **options)
+    peer = str(Path(arguments.peer_python).absolute()) if arguments.peer_python else sys.executable  # sides run elsewhere
     rates: dict[str, list[float]] = {side: [] for side in arguments.sides}
     vectors: dict[str, np.ndarray] = {}
     for _ in range(arguments.repeats):
         for side in arguments.sides:
-            python = arguments.peer_python if side == "openvino" else sys.executable
+            python = peer if side == "openvino" else sys.executable
             model = models / side.removeprefix("ours-") if side.startswith("ours") else models / "fp32"
             model = run if side.startswith("torch") else model
-            found = start_side(python or sys.executable, side, model, images)
+            found = start_side(python, side, model, images)
             if found is not None:
                 rates[side].append(found[0])
                 vectors[side] = found[1]

@@ -140,10 +140,12 @@ def parse_url(url: str) -> tuple[str, list[str], str]:
         parts = urlsplit(url)
         if parts.query or parts.fragment or "/" in parts.path.strip("/"):
             raise ValueError("it is not host:port/NAME")
+        if parts.scheme not in _PORTS:
+            raise ValueError(f"{parts.scheme or 'nothing'}:// is not spoken here")
         addresses = [_address(parts.scheme, one) for one in parts.netloc.split(",")]
         if len(set(addresses)) < len(addresses):
             raise ValueError("it names a server twice")
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise ContractError(
             f"{url}: not the address of an encoder ({error}); wanted grpc://host:8001/NAME, http://..., "
             "or several servers as grpc://a:8001,b:8001/NAME"

@@ -348,6 +348,6 @@ def test_a_server_that_is_not_ready_at_the_start_is_met_later(servers, error):
 def test_addresses():
     assert parse_url("grpc://a:1,b,[::1]:3/x") == ("grpc", ["a:1", "b:8001", "[::1]:3"], "x")
     assert parse_url("http://a,b:9") == ("http", ["a:8000", "b:9"], "")
-    for url in ("grpc://a:1,/x", "grpc://a,a:8001/x", "grpc://a:1,b:port/x"):
+    for url in ("grpc://a:1,/x", "grpc://a,a:8001/x", "grpc://a:1,b:port/x", "https://a:1/x", "a:1"):
         with pytest.raises(ContractError, match="not the address of an encoder"):
             parse_url(url)
