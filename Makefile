@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNTIME := .venv/triton
 BASE := .venv-base/.installed
-CODE := train serve export cli.py app.py tests benchmarks
+CODE := train serve export commands cli.py app.py tests benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow check bench triton triton-runtime fmt
@@ -63,7 +63,7 @@ $(RUNTIME): | $(INSTALLED)
 try-runtime: $(INSTALLED)
 	@$(MAKE) --no-print-directory $(RUNTIME) || true
 
-$(BASE): pyproject.toml $(wildcard serve/*.py serve/*/*.py) cli.py app.py
+$(BASE): pyproject.toml $(wildcard serve/*.py serve/*/*.py commands/*.py) cli.py app.py
 	$(PYTHON) -m venv .venv-base
 	.venv-base/bin/python -m pip install --quiet --disable-pip-version-check .
 	@touch $@

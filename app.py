@@ -8,9 +8,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,23 +18,27 @@ from typing import Any, TypeAlias
 
 import gradio as gr
 import numpy as np
+from fastapi import FastAPI
 from gradio.components import Component
 from gradio.data_classes import ImageData
 from gradio.events import Dependency
 from numpy.typing import NDArray
 from PIL import Image
+from starlette.middleware import Middleware
 
 from serve.catalog import Item
 from serve.classify import Head
+from serve.datasets.market import MARKET_NAME
 from serve.encoder import Encoder
 from serve.errors import SimclrError, SourceError
 from serve.filters import FIELDS, And, Condition, Where, parse_where
 from serve.gallery import Gallery
+from serve.gateway.beside import ApiFirst
 from serve.ports import busy_reason
 from serve.preprocess import ImageError, decode
 from serve.reid import RankedHit, rank
 from serve.search import Hit
-from serve.sources import JUNK_IDENTITY, MARKET_NAME, read_bytes
+from serve.sources import JUNK_IDENTITY, read_bytes
 
 THUMBNAIL_PX, EXAMPLES, MAX_HITS, MAX_CHOICES, TOP_CLASSES = 256, 8, 60, 1000, 5
 NOBODY = (JUNK_IDENTITY, "0000")
@@ -67,7 +71,7 @@ class Desk:
 
     gallery: Gallery
     encoder: Encoder
-    head: Head | None = None
+    heads: Mapping[str, Head] = field(default_factory=dict)
 
     def search(self, query: Query, k: int, expression: str | None = None, *chosen: Sequence[str]) -> str:
         """Result cards for a query; `chosen` holds the values ticked per field of FILTER_FIELDS."""
@@ -98,17 +102,19 @@ class Desk:
             return _complaint(error, query)
         return _result(f"The {len(hits)} nearest to {self._name(query)}: {_tally(hits)}", hits)
 
-    def classify(self, query: Query) -> tuple[dict[str, float] | None, str]:
-        """Class -> probability, and a message."""
-        if query is None or self.head is None:
+    def classify(self, query: Query, name: str) -> tuple[dict[str, float] | None, str]:
+        """Class -> probability by the head of that name, and a message."""
+        if query is None:
             return None, _message("Give a picture, or click an example.")
         try:
             asked = self._asked(query)
             vector_D = asked if isinstance(asked, np.ndarray) else self.encoder.embed([asked])[0]
         except (SimclrError, ImageError) as error:
             return None, _complaint(error, query)
-        (chances_C,) = self.head.probabilities(vector_D[None])
-        return dict(zip(self.head.classes, chances_C.tolist(), strict=True)), _message(f"Classes of {self._name(query)}")
+        head = self.heads[name]
+        (chances_C,) = head.probabilities(vector_D[None])
+        unsure = f": uncertain, no class reaches {head.abstain_below:.0%}" if head.decide(chances_C) is None else ""
+        return dict(zip(head.classes, chances_C.tolist(), strict=True)), _message(f"Classes of {self._name(query)}{unsure}")
 
     def preview(self, query: Query) -> Image.Image | None:
         """The query as a small picture that every browser can show (it could not show TIFF); None if it cannot be read."""
@@ -240,12 +246,12 @@ def _shrunk(encoded: bytes) -> Image.Image:
 
 
 def build_app(
-    gallery: Gallery, encoder: Encoder, *, head: Head | None, encoder_spec: str, notice: str | None = None
+    gallery: Gallery, encoder: Encoder, *, heads: Mapping[str, Head], encoder_spec: str, notice: str | None = None
 ) -> gr.Blocks:
-    """The app over one gallery; `notice` is a sentence for its top. Raises: EncoderMismatch if the head does not fit."""
-    if head is not None:
+    """The app over one gallery; `notice` is a sentence for its top. Raises: EncoderMismatch if a head does not fit."""
+    for head in heads.values():
         head.require(encoder.encoder_id)
-    desk = Desk(gallery, encoder, head)
+    desk = Desk(gallery, encoder, heads)
     blocks = gr.Blocks(title="simclr-serve", analytics_enabled=False, delete_cache=(3600, 86400))
     with blocks:
         gr.HTML(lambda: _header(gallery, encoder, encoder_spec))  # a function: counted anew at each visit
@@ -256,9 +262,9 @@ def build_app(
         if gallery.distinct("identity"):
             with gr.Tab("Re-ID"):
                 _reid_tab(desk)
-        if head is not None:
+        if heads:
             with gr.Tab("Classify"):
-                _classify_tab(desk, head)
+                _classify_tab(desk)
     blocks.queue(default_concurrency_limit=4)
     return blocks
 
@@ -271,7 +277,7 @@ def _header(gallery: Gallery, encoder: Encoder, spec: str) -> str:
         "runs": where,
         "input": f"{manifest.preprocess.width_px} x {manifest.preprocess.height_px} px",
         "vectors": f"{manifest.embedding_dim}-d",
-        "gallery": f"{gallery.folder.name} · {len(gallery):,} pictures",
+        "gallery": f"{Path(gallery.address).name} · {len(gallery):,} pictures",
     }
     chips = "".join(f"<span><i>{name}</i> {_text(value)}</span>" for name, value in facts.items())
     return f'<h1 class="sc-title">simclr-serve</h1><div class="sc-chips">{chips}</div>'
@@ -314,22 +320,25 @@ def _reid_tab(desk: Desk) -> None:
     _listen([k.release, identity.input, camera.input, others.input], desk.rank, inputs, results)
 
 
-def _classify_tab(desk: Desk, head: Head) -> None:
+def _classify_tab(desk: Desk) -> None:
+    names = list(desk.heads)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             query = _query_widgets(desk, "Picture to classify", desk.examples())
+            chosen = gr.Dropdown(names, value=names[0], label="Head", visible=len(names) > 1)
         with gr.Column(scale=3, min_width=300):
             message = gr.HTML(_message("Give a picture, or click an example."))
             answer = gr.Label(label="Most likely classes", num_top_classes=TOP_CLASSES)
-            gr.HTML(f'<p class="sc-rule">{_accuracy(head)}</p>')
-    _listen([query.change], desk.classify, query, [answer, message])
+            rule = gr.HTML(_accuracy(desk.heads[names[0]]))
+    _listen([query.change, chosen.input], desk.classify, [query, chosen], [answer, message])
+    chosen.input(lambda name: _accuracy(desk.heads[name]), chosen, rule, **QUIET)
 
 
 def _accuracy(head: Head) -> str:
     """How good the head was where that was measured: on a test set, else on what was held back from the fit."""
     for name, pictures in (("test_accuracy", "of its test set"), ("held_back_accuracy", "held back while it was fitted")):
         if (accuracy := head.report.get(name)) is not None:
-            return f"Of the labelled pictures {pictures}, this head named {accuracy:.1%} correctly."
+            return f'<p class="sc-rule">Of the labelled pictures {pictures}, this head named {accuracy:.1%} correctly.</p>'
     return ""
 
 
@@ -387,15 +396,21 @@ def _choices(
     )  # fmt: skip
 
 
-def serve_app(blocks: gr.Blocks, *, host: str = "127.0.0.1", port: int = 7860, wait: bool = True) -> str:
-    """Serve the app at the URL returned; with `wait`, until Ctrl-C. Raises: SimclrError if the port is busy."""
+def serve_app(
+    blocks: gr.Blocks, *, api: FastAPI | None = None, host: str = "127.0.0.1", port: int = 7860, wait: bool = True
+) -> str:
+    """Serve the app, and the API of `serve.api` beside it, at the URL returned; with `wait`, until Ctrl-C.
+
+    Raises: SimclrError if the port is busy.
+    """
     url = f"http://{host}:{port}/"
+    beside = {} if api is None else {"middleware": [Middleware(ApiFirst, api=api)], "lifespan": api.router.lifespan_context}
     require_free_port(host, port)
     try:
         blocks.launch(
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inline=False, share=False,
             ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False, footer_links=[],
-            max_file_size="100mb", theme=_theme(), css=_page("style.css"), js=_page("upload.js"),
+            max_file_size="100mb", theme=_theme(), css=_page("style.css"), js=_page("upload.js"), app_kwargs=beside,
         )  # fmt: skip
     except Exception as error:  # Gradio asks its own page at the start, which proxy settings break in a dozen ways
         raise SimclrError(f"{url}: the app cannot reach itself ({error}); behind a proxy, set NO_PROXY={host}") from error

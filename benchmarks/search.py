@@ -142,41 +142,18 @@ def fill(_: str, data: Path) -> dict[str, Any]:
     """Put the rows into a gallery: durable, in batches, with the index growing beside."""
     from serve.gallery import Gallery
     from serve.sources import Sample
+    from serve.transfer.declared import Declared, foreign_manifest
 
     rows, clusters = np.load(data / "rows.npy", mmap_mode="r"), np.load(data / "clusters.npy")
+    maker = Declared(foreign_manifest("benchmark", rows.shape[1]))
     times = np.random.default_rng(1).random(len(rows))
     samples = [Sample(f"pictures/{i:08}.jpg", label=str(clusters[i]), time=float(times[i])) for i in range(len(rows))]
     started = time.perf_counter()
-    with Gallery.open(data / "gallery", NoEncoder(rows.shape[1]), create=True) as gallery:
+    with Gallery.open(data / "gallery", maker, create=True) as gallery:
         for start in range(0, len(rows), 10_000):
             gallery.add(samples[start : start + 10_000], np.asarray(rows[start : start + 10_000]), batch_size=1000)
     size = (data / "gallery" / "catalog.sqlite").stat().st_size
     return {"fill_s": time.perf_counter() - started, "catalog_bytes_per_item": size / len(rows) - 4 * rows.shape[1]}
-
-
-class NoEncoder:
-    """Stands for the encoder of a gallery whose vectors come from elsewhere."""
-
-    def __init__(self, dim: int) -> None:
-        from serve.contract import Manifest, Preprocess, TensorSpec
-
-        self.manifest = Manifest.create(
-            name="none",
-            embedding_dim=dim,
-            input=TensorSpec(name="image", shape=(8, 8, 3), dtype="uint8"),
-            output=TensorSpec(name="embedding", shape=(dim,), dtype="float32"),
-            preprocess=Preprocess(height_px=8, width_px=8, resize="stretch", crop=1.0, resample="bicubic", jpeg="full"),
-            metric="cosine",
-            precision="fp32",
-            weights_sha256="0" * 64,
-            parity=None,
-            retrieval=None,
-            training={},
-        )
-        self.encoder_id = self.manifest.encoder_id
-
-    def embed(self, images: object) -> np.ndarray:
-        raise NotImplementedError
 
 
 def build(side: str, data: Path) -> dict[str, Any]:

@@ -22,15 +22,18 @@ import torch
 
 from export.publish import publish
 from export.repository import Target
-from serve.bulk import add_pictures, evaluate_reid
+from serve.bulk import add_pictures
 from serve.classify import Head
 from serve.encoder import Encoder, open_encoder
 from serve.errors import SimclrError, TritonStartError
 from serve.files import atomic_path
 from serve.gallery import Gallery
 from serve.gallery_folder import MANIFEST_COPY_NAME
+from serve.heads.fit import fit_head
+from serve.heads.labelled import labelled_pictures
 from serve.ports import HOST
 from serve.preprocess import ImageError, decode
+from serve.protocols.run import Options, evaluate_pictures
 from serve.signals import stopped_by_sigterm
 from serve.sources import ImageSet, Sample, open_source, read_batches, read_bytes
 from serve.triton.client import TritonEncoder
@@ -40,7 +43,7 @@ from train.config import PretrainConfig
 from train.data import preprocess_for
 from train.demo_data import draw_demo_set
 from train.pretrain import pretrain, samples_per_second
-from train.probe import evaluate, fit_head_on, score_head, view_retrieval
+from train.probe import evaluate, score_head, view_retrieval
 from train.torch_encoder import ColourHistogram, TorchEncoder, open_run, untrained
 
 NAME = "simclr"
@@ -97,7 +100,8 @@ def run_demo(*, images: str | None, out: Path, minutes: float, app: bool, port: 
             if app:
                 from app import build_app, serve_app
 
-                serve_app(build_app(gallery, served, head=head, encoder_spec=spec, notice=notice), port=port)
+                heads = {} if head is None else {"head": head}
+                serve_app(build_app(gallery, served, heads=heads, encoder_spec=spec, notice=notice), port=port)
 
 
 def _step(number: int, text: str) -> None:
@@ -141,7 +145,7 @@ def _former_config(run: Path, source: str) -> PretrainConfig | None:
         shutil.rmtree(run)
         return None
     names = {field.name for field in fields(PretrainConfig)} - {"run", "resume", "workers"}
-    return PretrainConfig(run=run, resume=True, **{name: recorded[name] for name in names})
+    return PretrainConfig(run=run, resume=True, **{name: recorded[name] for name in names & recorded.keys()})
 
 
 def _fitting_config(source: str, pictures: ImageSet, run: Path, minutes: float) -> PretrainConfig:
@@ -183,7 +187,7 @@ def _quality(encoder: TorchEncoder, source: str, pictures: ImageSet) -> dict[str
 def _figures(encoder: Encoder, source: str, pictures: ImageSet) -> dict[str, float]:
     found = {"view_retrieval": view_retrieval(encoder, pictures.train)}
     if pictures.query and pictures.gallery:
-        reid = evaluate_reid(encoder, source)
+        reid = evaluate_pictures(encoder, source, Options()).figures()
         found |= {name: reid[name] for name in ("rank1", "rank5", "map_step", "map_trapezoid")}
     elif _has_labels(pictures):
         found["knn_accuracy"] = evaluate(encoder, source, None, "knn")["accuracy"]
@@ -198,11 +202,10 @@ def _fit_head(encoder: TorchEncoder, source: str, pictures: ImageSet, out: Path,
     """On the labels of the pictures; on the generated set, the pattern of the clothes, scored on people not seen before."""
     patterns = Path(source) / "patterns_train.csv"
     if patterns.exists():
-        head = score_head(
-            fit_head_on(encoder, str(patterns)), encoder, open_source(patterns.with_name("patterns_test.csv")).train
-        )
+        head = fit_head(*labelled_pictures(encoder, str(patterns)), encoder.encoder_id)
+        head = score_head(head, encoder, open_source(patterns.with_name("patterns_test.csv")).train)
     elif _has_labels(pictures):
-        head = fit_head_on(encoder, source)
+        head = fit_head(*labelled_pictures(encoder, source), encoder.encoder_id)
         head = score_head(head, encoder, pictures.test) if pictures.test else head
     else:
         print("no labels: no head", file=sys.stderr)
@@ -310,7 +313,7 @@ def _summarise(report: dict[str, Any], out: Path) -> None:
     if "head" in report:
         head = report["head"]
         right = head.get("test_accuracy", head["held_back_accuracy"])
-        print(f"\nlinear head: {right:.1%} right, {len(head['classes'])} classes")
+        print(f"\nlinear head: {'not scored' if right is None else f'{right:.1%} right'}, {len(head['classes'])} classes")
     search = report["search"]
     print(f"gallery: {search['gallery']} pictures, a search takes {search['p50_ms']} ms")
     print(f"{out / 'demo.json'} has every figure; {report['minutes_in_all']} min in all")

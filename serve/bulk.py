@@ -1,4 +1,4 @@
-"""Many pictures at once, with a progress bar: into a gallery, into Parquet files, through a re-ID protocol."""
+"""Many pictures at once, with a progress bar: into a gallery, into Parquet files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from serve.encoder import Encoder
 from serve.errors import SimclrError, SourceError
 from serve.gallery import AddReport, Gallery
 from serve.quarantine import read_quarantine, write_quarantine
-from serve.reid import evaluate_market
 from serve.sources import JUNK_IDENTITY, Sample, Unreadable, open_source, printable
 
 
@@ -78,7 +77,7 @@ class EmbedReport:
 
 
 def embed_to_parquet(manifest: Manifest, source: str, out: str, engine: Engine, shard_size: int = SHARD_SIZE) -> EmbedReport:
-    """Write source, label, identity, camera, time and vector of every picture; the manifest goes into the files' metadata.
+    """Write what is known of every picture, and its vector; the manifest goes into the files' metadata.
 
     `out`: FILE, or FOLDER/ for a file per shard; what is there of another run is replaced. Shards that a broken run has
     finished (in FILE.parts/, or FOLDER/) are not embedded again; the outcome is the same. Pictures left out are listed in
@@ -130,29 +129,3 @@ def _remove_parts(folder: Path, keep: Set[str]) -> None:
     for path in folder.iterdir():
         if path.name not in keep and PART_NAME.match(path.name.removeprefix(".")):
             path.unlink(missing_ok=True)
-
-
-def evaluate_reid(encoder: Encoder, source: str) -> dict[str, Any]:
-    """Market-1501's protocol over a root with queries and a gallery. Raises: SourceError if it has none."""
-    images = open_source(source)
-    if not images.query or not images.gallery:
-        raise SourceError(f"{source}: no re-ID set; wanted the folders query and bounding_box_test (Market-1501 layout)")
-    queries, query_samples, lost = embed_samples(encoder, images.query, "queries")
-    gallery, gallery_samples, unreadable = embed_samples(encoder, images.gallery, "gallery")
-    try:
-        report = evaluate_market(queries, query_samples, gallery, gallery_samples)
-    except ValueError as error:
-        raise SourceError(f"{source}: {error}") from error
-    return {
-        "rank1": float(report.cmc[0]),
-        "rank5": float(report.cmc[4]),
-        "rank10": float(report.cmc[9]),
-        "map_step": report.map_step,
-        "map_trapezoid": report.map_trapezoid,
-        "minp": report.minp,
-        "queries": report.n_queries,
-        "without_match": report.n_without_match,
-        "gallery": len(gallery_samples),
-        "unreadable": len(lost) + len(unreadable),
-        "encoder_id": encoder.encoder_id,
-    }

@@ -29,9 +29,9 @@ SHARD_SIZE = 1024
 """Pictures: what a killed process loses at most, for each shard that it had under way."""
 PART_NAME = re.compile(r"part-\d{6,}-[0-9a-f]{16}\.parquet")
 _FORMAT = 1
-_FACTS = ("source", "label", "identity", "camera")
+_FACTS = ("source", "label", "identity", "camera", "track")
 _QUARANTINE_KEY = b"simclr_quarantine"
-_WRITER: dict[str, Any] = {
+WRITER: dict[str, Any] = {
     "compression": "zstd",
     "use_dictionary": list(_FACTS[1:]),  # of vectors, a dictionary would make a file 30 % larger
     "write_page_checksum": True,
@@ -80,14 +80,14 @@ def embed_shard(shard: Shard, encoder: Encoder, folder: Path, tell: Tell = lambd
     unreadable = [Unreadable(printable(s.source), fault) for s in shard.samples if (fault := name_fault(s.source)) is not None]
     tell(len(unreadable))
     vectors, samples, bad = embed_pictures(encoder, named, tell)
-    table = _table(samples, vectors).replace_schema_metadata(
+    table = table_of(samples, vectors).replace_schema_metadata(
         {
             METADATA_KEY: encoder.manifest.model_dump_json(),
             _QUARANTINE_KEY: json.dumps([vars(picture) for picture in unreadable + bad]),
         }
     )
     with atomic_path(folder / shard.part_name) as temporary:
-        pq.write_table(table, temporary, **_WRITER)
+        pq.write_table(table, temporary, **WRITER)
 
 
 def embed_pictures(
@@ -105,7 +105,8 @@ def embed_pictures(
     return np.concatenate(vectors), kept, unreadable
 
 
-def _table(samples: Sequence[Sample], vectors_ND: NDArray[np.float32]) -> pa.Table:
+def table_of(samples: Sequence[Sample], vectors_ND: NDArray[np.float32]) -> pa.Table:
+    """The columns of an embedding file: source, label, identity, camera, track, time and vector."""
     columns: dict[str, Any] = {}
     for name in _FACTS:
         columns[name] = pa.array([getattr(sample, name) for sample in samples], pa.string())  # so also where none is known
@@ -128,9 +129,9 @@ def join_parts(parts: Iterable[Path], path: Path, manifest: Manifest, workshop: 
 
     Args: workshop, a folder of the same file system to write in. Raises: SourceError if a part is damaged, OSError.
     """
-    nothing = _table([], np.empty((0, manifest.embedding_dim), np.float32))
+    nothing = table_of([], np.empty((0, manifest.embedding_dim), np.float32))
     schema = nothing.schema.with_metadata({METADATA_KEY: manifest.model_dump_json()})
-    with atomic_path(path, workshop=workshop) as temporary, pq.ParquetWriter(temporary, schema, **_WRITER) as writer:
+    with atomic_path(path, workshop=workshop) as temporary, pq.ParquetWriter(temporary, schema, **WRITER) as writer:
         for part in parts:
             table = _read(part)
             if len(table):

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import re
 import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +24,13 @@ from pydantic import JsonValue
 
 from serve.catalog_check import problems
 from serve.catalog_file import CatalogFile
-from serve.catalog_schema import COLUMNS, ENCODER_SPEC, INSERT, Facts, prepare, sealed
-from serve.errors import GalleryError
+from serve.catalog_schema import COLUMNS, ENCODER_SPEC, INSERT, SINCE, Facts, prepare, sealed
+from serve.errors import GalleryError, Reembedded
 from serve.filters import EVERYTHING, TEXT_FIELDS, Where
-from serve.sources import Sample, name_fault, printable
+from serve.item import Item as Item
+from serve.item import Known as Known
+from serve.item import columns_of, natural_key, new_item, relabelled, require_known
+from serve.sources import Sample, name_fault
 
 log = logging.getLogger(__name__)
 
@@ -38,29 +39,6 @@ _BLOCK_ROWS = 10_000
 _COLUMNS = ", ".join(COLUMNS["items"])
 _AMONG = "IN (SELECT value FROM json_each(?))"  # a list as one parameter: SQLite limits how many there may be
 _NEXT_ID = "SELECT 1 + max((SELECT coalesce(max(id), 0) FROM items), (SELECT coalesce(max(id), 0) FROM removed))"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture of a gallery. `id` is the gallery's own and never used again; `time` is in seconds."""
-
-    id: int
-    source: str
-    label: str | None
-    identity: str | None
-    camera: str | None
-    time: float | None
-    extra: dict[str, JsonValue]
-
-
-class Known(TypedDict, total=False):
-    """What may be said anew about items. None: unknown. `extra` is laid over what is there, and None takes a fact out of it."""
-
-    label: str | None
-    identity: str | None
-    camera: str | None
-    time: float | None
-    extra: Mapping[str, JsonValue]
 
 
 class Change(NamedTuple):
@@ -107,13 +85,18 @@ class Catalog:
     @encoder_spec.setter
     def encoder_spec(self, spec: str) -> None:
         with self._file.writing() as db:
+            self._require_encoder(db)
             db.execute("DELETE FROM facts WHERE key = ?", [ENCODER_SPEC])
             db.execute(INSERT["facts"], sealed(ENCODER_SPEC, spec))
 
     def add(
-        self, samples: Sequence[Sample], vectors_ND: NDArray[np.float32], extra: Mapping[str, Mapping[str, JsonValue]]
+        self,
+        samples: Sequence[Sample],
+        vectors_ND: NDArray[np.float32],
+        extra: Mapping[str, Mapping[str, JsonValue]],
+        given_ids: Mapping[str, int] | None = None,
     ) -> list[int]:
-        """Add items in one transaction; a source that is there already is left alone. `extra` goes by source.
+        """Add items in one transaction; a source that is there already is left alone. `extra` and `given_ids` go by source.
 
         Returns: the new ids. Raises: GalleryError, and then nothing was added.
         """
@@ -122,13 +105,16 @@ class Catalog:
         rows: dict[str, tuple[Sample, NDArray[np.float32]]] = {}
         for sample, vector in zip(samples, vectors_ND, strict=True):
             rows.setdefault(sample.source, (sample, vector))
-        with self._changing() as (db, seq):
+        with self.changing() as (db, seq):
             for source in _sources(db, list(rows)):
                 del rows[source]
             (first,) = db.execute(_NEXT_ID).fetchone()
             ids = list(range(first, first + len(rows)))
+            if given_ids is not None:
+                ids = [given_ids[source] for source in rows]
+                self._require_unused(db, ids)
             fresh = list(zip(ids, rows.values(), strict=True))
-            items = [Item(i, **vars(sample), extra=dict(extra.get(sample.source, {}))) for i, (sample, _) in fresh]
+            items = [new_item(i, sample, extra.get(sample.source, {})) for i, (sample, _) in fresh]
             db.executemany(INSERT["items"], map(_row, items))
             db.executemany(INSERT["vectors"], [sealed(i, seq, seq, _blob(vector)) for i, (_, vector) in fresh])
         return ids
@@ -139,7 +125,7 @@ class Catalog:
             raise ValueError(f"vector is {vector_D.shape}, wanted {(self.facts.embedding_dim,)}")
         if source is not None and (fault := name_fault(source)) is not None:
             raise GalleryError(fault)
-        with self._changing() as (db, seq):
+        with self.changing() as (db, seq):
             self._require(db, [item_id], "nothing was changed")
             if source is not None:
                 for other in _column(db.execute("SELECT id FROM items WHERE source = ? AND id <> ?", [source, item_id])):
@@ -151,15 +137,15 @@ class Catalog:
 
     def relabel(self, ids: Sequence[int], **known: Unpack[Known]) -> None:
         """Say anew what is known about items, in one transaction. Raises: GalleryError, and then nothing was changed."""
-        with self._changing() as (db, _):
+        with self.changing() as (db, _):
             self._require(db, ids, "nothing was changed")
             for start in range(0, len(ids), _BLOCK_ROWS):
                 items = _items(db, ids[start : start + _BLOCK_ROWS])
-                _revise(db, [_relabelled(item, known) for item in items], known)
+                _revise(db, [relabelled(item, known) for item in items], known)
 
     def remove(self, ids: Sequence[int]) -> None:
         """Remove items in one transaction. Raises: GalleryError naming unknown ids, and then nothing was removed."""
-        with self._changing() as (db, seq):
+        with self.changing() as (db, seq):
             self._require(db, ids, "nothing was removed")
             db.executemany(INSERT["removed"], [sealed(item_id, seq) for item_id in set(ids)])
             for table in ("vectors", "items"):
@@ -167,9 +153,17 @@ class Catalog:
 
     def _require(self, db: sqlite3.Connection, ids: Sequence[int], otherwise: str) -> None:
         known = set(_column(db.execute(f"SELECT id FROM items WHERE id {_AMONG}", [json.dumps(ids)])))
-        if unknown := sorted(set(ids) - known):
-            listed = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-            raise GalleryError(f"{self._path.parent}: no item with id {listed}; {otherwise}")
+        require_known(ids, known, str(self._path.parent), otherwise)
+
+    def _require_unused(self, db: sqlite3.Connection, ids: Sequence[int]) -> None:
+        used = [
+            item_id
+            for table in ("items", "removed")
+            for item_id in _column(db.execute(f"SELECT id FROM {table} WHERE id {_AMONG}", [json.dumps(ids)]))
+        ]
+        if used or len(set(ids)) < len(ids) or min(ids, default=1) < 1:
+            what = f"id {used[0]} has been used" if used else f"got ids from {min(ids)} on, or one twice"
+            raise GalleryError(f"{self._path.parent}: {what}; wanted unused ones from 1 on; nothing was added; try --new-ids")
 
     def __len__(self) -> int:
         return self.count(EVERYTHING)
@@ -208,9 +202,22 @@ class Catalog:
 
     def vector(self, item_id: int) -> NDArray[np.float32] | None:
         """The vector (D,) of one item; None if there is no such item."""
-        with self._file.reading() as db:
+        with self.reading() as db:
             found = db.execute("SELECT vector FROM vectors WHERE id = ?", [item_id]).fetchone()
         return np.frombuffer(found[0], "<f4").copy() if found else None
+
+    def rows(self, where: Where, rows: int = 1024) -> Iterator[tuple[list[Item], NDArray[np.float32]]]:
+        """Items that pass and their vectors (n, D), in blocks, by growing id; all of one state. Raises: GalleryError."""
+        condition, parameters = where.sql()
+        query = f"SELECT {_COLUMNS}, vector FROM items JOIN vectors USING (id) WHERE {condition} ORDER BY id"
+        with self.reading() as db:
+            cursor = db.execute(query, parameters)
+            while block := cursor.fetchmany(rows):
+                for item_id, *_, vector in block:
+                    if len(vector) != 4 * self.facts.embedding_dim:
+                        raise GalleryError(f"item {item_id}: its vector is damaged; update or remove it")
+                vectors = np.frombuffer(b"".join(row[-1] for row in block), "<f4").reshape(len(block), -1)
+                yield [_item(row[:-1]) for row in block], vectors
 
     def known_sources(self, sources: Iterable[str]) -> list[str]:
         """Those of these sources that are in the catalog."""
@@ -228,6 +235,16 @@ class Catalog:
             values = _column(db.execute(f"SELECT DISTINCT {field} FROM items WHERE {field} IS NOT NULL"))
         return sorted(values, key=natural_key)
 
+    @property
+    def next_id(self) -> int:
+        """The id that the next item gets: none that is as high was ever used."""
+        with self._file.reading() as db:
+            return int(db.execute(_NEXT_ID).fetchone()[0])
+
+    def version(self) -> int:
+        """A number that is another one as soon as anyone has committed anything; quicker to ask for than the last change."""
+        return self._file.version()
+
     def last_change(self) -> Change:
         """The newest transaction."""
         with self._file.reading() as db:
@@ -236,7 +253,7 @@ class Catalog:
 
     def has_change(self, change: Change) -> bool:
         """Whether this history contains `change`."""
-        with self._file.reading() as db:
+        with self.reading() as db:
             return db.execute("SELECT 1 FROM changes WHERE (seq, stamp) = (?, ?)", change).fetchone() is not None
 
     def vectors(self, after: int, upto: int, rows: int = 4096) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
@@ -247,7 +264,7 @@ class Catalog:
         # A vector of the wrong size is left out: it must not keep the rest from being served, and `verify` names it.
         query = "SELECT id, vector FROM vectors WHERE seq > ? AND added <= ? AND length(vector) = ? ORDER BY seq, id"
         dim = self.facts.embedding_dim
-        with self._file.reading() as db:
+        with self.reading() as db:
             cursor = db.execute(query, [after, upto, 4 * dim])
             while block := cursor.fetchmany(rows):
                 vectors = np.frombuffer(b"".join(blob for _, blob in block), "<f4").reshape(-1, dim)
@@ -264,6 +281,10 @@ class Catalog:
         lost = self._lost()
         return ([] if lost is None else [lost]) + problems(self._file, self.facts.embedding_dim)
 
+    def scrub(self) -> None:
+        """Write the file anew, without the bytes that removed and changed items leave in it. Raises: GalleryError."""
+        self._file.rewrite()
+
     def repair(self) -> None:
         """Derive SQLite's own indexes anew from the tables. Raises: GalleryError."""
         with self._file.writing() as db:
@@ -274,10 +295,23 @@ class Catalog:
         self._file.close()
 
     @contextmanager
-    def _changing(self) -> Iterator[tuple[sqlite3.Connection, int]]:
-        """A transaction and its sequence number."""
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """One snapshot, whose vectors are of the encoder that this was opened with. Raises: Reembedded, GalleryError."""
+        with self._file.reading() as db:
+            self._require_encoder(db)
+            yield db
+
+    def _require_encoder(self, db: sqlite3.Connection) -> None:
+        found = db.execute("SELECT value FROM facts WHERE key = ?", [SINCE]).fetchone()
+        if found is not None and int(found[0]) != self.facts.since:
+            raise Reembedded(f"{self._path.parent}: has another encoder now; close it, and open it again with that")
+
+    @contextmanager
+    def changing(self) -> Iterator[tuple[sqlite3.Connection, int]]:
+        """A transaction and its sequence number. Raises: Reembedded, GalleryError."""
         stamp = secrets.token_hex(8)
         with self._file.writing() as db:
+            self._require_encoder(db)
             (seq,) = db.execute("SELECT 1 + coalesce(max(seq), 0) FROM changes").fetchone()
             db.execute(INSERT["changes"], sealed(seq, stamp))
             yield db, seq
@@ -303,16 +337,7 @@ def _item(row: tuple[Any, ...]) -> Item:
 
 
 def _row(item: Item) -> tuple[object, ...]:
-    """An item as it is stored. Raises: GalleryError if it cannot be."""
-    try:
-        time = None if item.time is None else float(item.time)
-        if time is not None and not math.isfinite(time):
-            raise ValueError(f"time is {time}")
-        extra = json.dumps(item.extra, allow_nan=False)
-        return sealed(item.id, item.source, item.label, item.identity, item.camera, time, extra)
-    except (ValueError, TypeError) as error:
-        wanted = "wanted text in UTF-8, a number of seconds as time, JSON as extra; nothing was changed"
-        raise GalleryError(f"{printable(item.source)}: cannot be stored ({error}); {wanted}") from error
+    return sealed(*columns_of(item))
 
 
 def _revise(db: sqlite3.Connection, items: Iterable[Item], columns: Iterable[str]) -> None:
@@ -322,23 +347,9 @@ def _revise(db: sqlite3.Connection, items: Iterable[Item], columns: Iterable[str
     db.executemany(f"UPDATE items SET {assignments} WHERE id = :id", rows)
 
 
-def _relabelled(item: Item, known: Known) -> Item:
-    said = known.get("extra", {})
-    extra = {**item.extra, **said}
-    kept = {key: value for key, value in extra.items() if value is not None or key not in said}
-    return Item(**{**vars(item), **known, "extra": kept})
-
-
 def _blob(vector_D: NDArray[np.float32]) -> bytes:
     return vector_D.astype("<f4").tobytes()
 
 
 def _column(cursor: sqlite3.Cursor) -> list[Any]:
     return [row[0] for row in cursor]
-
-
-def natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
-    """Sort key that orders runs of digits by their value."""
-    parts = [part.lstrip("0") if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
-    # re.split puts the digits at the odd places: a longer run of digits is a greater number
-    return [(0, len(part), part) if place % 2 else (1, 0, part) for place, part in enumerate(parts)], text

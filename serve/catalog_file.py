@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from serve.errors import GalleryError
 
 _NOTE_BYTES = 64
 _IDLE_CONNECTIONS = 8
+_SURE_S = 0.05
 _WAIT_S = 30
 _WAL_BYTES, _WAL_WAIT_S = 64 << 20, 0.5
 
@@ -28,7 +30,10 @@ class CatalogFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._idle: list[sqlite3.Connection] = []
-        self._closed, self._lock, self._write_lock = False, threading.Lock(), threading.Lock()
+        self._watching: sqlite3.Connection | None = None
+        self._version, self._sure_until, self._note_held = 0, 0.0, -1
+        self._seen: bytes | None = None
+        self._closed, self._lock, self._write_lock, self._watch_lock = False, *(threading.Lock() for _ in range(3))
         self._note = path.with_name(f"{path.name}-acknowledged")
         self._wal, self._wal_limit = path.with_name(f"{path.name}-wal"), _WAL_BYTES
 
@@ -58,6 +63,18 @@ class CatalogFile:
             with suppress(OSError, sqlite3.Error):  # what is committed is done, whatever comes of this
                 self._shorten_wal(db)
 
+    def rewrite(self) -> None:
+        """Leave no byte of what was removed or replaced: SQLite only marks it as free, in the file and in its WAL.
+
+        Raises: GalleryError, also if another process has been reading all the while.
+        """
+        with self._write_lock, self.translated(), closing(self.connect()) as db:
+            db.execute("PRAGMA temp_store = FILE")  # a copy of the whole file
+            db.execute("VACUUM")
+            (busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise GalleryError(f"{self._wal}: another process reads it, so what was removed still stands there; try again")
+
     def _shorten_wal(self, db: sqlite3.Connection) -> None:
         """Empty the WAL if it is large: SQLite does not while readers overlap without a gap, and it would grow for ever."""
         size = self._wal.stat().st_size
@@ -70,6 +87,43 @@ class CatalogFile:
         finally:
             db.execute(f"PRAGMA busy_timeout = {int(1000 * _WAIT_S)}")
         self._wal_limit = size + _WAL_BYTES if busy else _WAL_BYTES  # one reader is slow: try again later
+
+    def version(self) -> int:
+        """A number that is another one as soon as anyone has committed anything. Quick: it is asked before each search.
+
+        Whoever commits changes the note before anybody hears of it. So SQLite itself is asked only if that has changed, and now
+        and then in case it could not be written.
+        """
+        told = self._told()
+        if told is None or told != self._seen or time.monotonic() > self._sure_until:
+            with self._watch_lock, self.translated():
+                self._check_open()
+                if self._watching is None:
+                    self._watching = self.connect()
+                self._hold_note()
+                told = self._told()
+                (self._version,) = self._watching.execute("PRAGMA data_version").fetchone()
+                self._sure_until = time.monotonic() + _SURE_S
+                self._seen = told  # last: others go by it without the lock
+        return self._version
+
+    def _told(self) -> bytes | None:
+        """What the note says; None if there is none."""
+        try:
+            return os.pread(self._note_held, _NOTE_BYTES, 0)
+        except OSError:
+            return None
+
+    def _hold_note(self) -> None:
+        """Keep the note open, the one that is there now."""
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self._note_held), self._note.stat()):
+                return
+        with suppress(OSError):
+            os.close(self._note_held)
+        self._note_held = -1
+        with suppress(OSError):
+            self._note_held = os.open(self._note, os.O_RDONLY)
 
     @contextmanager
     def _session(self, begin: str) -> Iterator[sqlite3.Connection]:
@@ -85,11 +139,14 @@ class CatalogFile:
 
     def _take(self) -> sqlite3.Connection:
         with self._lock:
-            if self._closed:
-                raise GalleryError(f"{self.path.parent}: this gallery has been closed; open it again")
+            self._check_open()
             if self._idle:
                 return self._idle.pop()
         return self.connect()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GalleryError(f"{self.path.parent}: this gallery has been closed; open it again")
 
     def _give_back(self, db: sqlite3.Connection) -> None:
         with self._lock:
@@ -100,8 +157,15 @@ class CatalogFile:
 
     def close(self) -> None:
         """Close; a reader that is still at work ends in peace. Safe to call twice."""
-        with self._write_lock, self._lock, self.translated():
+        with self._write_lock, self._watch_lock, self._lock, self.translated():
             self._closed = True
+            self._seen = None  # so that the next version() says that this is closed
+            if self._watching is not None:
+                self._idle.append(self._watching)
+                self._watching = None
+            with suppress(OSError):
+                os.close(self._note_held)
+            self._note_held = -1
             while self._idle:
                 self._idle.pop().close()
 

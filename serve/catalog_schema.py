@@ -20,6 +20,8 @@ SCHEMA_VERSION = 2
 ENCODER_SPEC = "encoder_spec"
 """The fact that is no part of `Facts`: where the encoder was last opened."""
 _APPLICATION_ID = 0x51C18  # marks the file as ours in SQLite's header
+SINCE = "since"
+"""The fact that a new encoder's taking over changes for certain; see `Facts`."""
 COLUMNS = {
     "facts": ("key", "value"),
     "changes": ("seq", "stamp"),
@@ -29,17 +31,26 @@ COLUMNS = {
 }
 """The columns of every table; one more, `checksum`, stands behind them."""
 INSERT = {table: f"INSERT INTO {table} VALUES ({', '.join('?' * (len(names) + 1))})" for table, names in COLUMNS.items()}
+VECTORS_INDEX = "CREATE INDEX vectors_seq ON vectors (seq)"
+
+
+def vectors_table(name: str) -> str:
+    """The SQL of a table of vectors. `added` and `seq`: the transactions that made the item and that set this vector."""
+    return (
+        f"CREATE TABLE {name} (id INTEGER PRIMARY KEY REFERENCES items, added INTEGER NOT NULL, seq INTEGER NOT NULL,"
+        " vector BLOB NOT NULL, checksum INTEGER NOT NULL) STRICT"
+    )
+
+
 _CREATE = (
     "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum INTEGER NOT NULL) STRICT",
     "CREATE TABLE changes (seq INTEGER PRIMARY KEY, stamp TEXT NOT NULL, checksum INTEGER NOT NULL) STRICT",
     # Apart from the vectors, a filter reads a tenth of the bytes.
     "CREATE TABLE items (id INTEGER PRIMARY KEY, source TEXT NOT NULL UNIQUE, label TEXT, identity TEXT, camera TEXT,"
     " time REAL, extra TEXT NOT NULL, checksum INTEGER NOT NULL) STRICT",
-    # `added` and `seq`: the transactions that made the item and that set this vector.
-    "CREATE TABLE vectors (id INTEGER PRIMARY KEY REFERENCES items, added INTEGER NOT NULL, seq INTEGER NOT NULL,"
-    " vector BLOB NOT NULL, checksum INTEGER NOT NULL) STRICT",
+    vectors_table("vectors"),
     "CREATE TABLE removed (id INTEGER PRIMARY KEY, seq INTEGER NOT NULL, checksum INTEGER NOT NULL) STRICT",
-    "CREATE INDEX vectors_seq ON vectors (seq)",
+    VECTORS_INDEX,
     "CREATE INDEX removed_seq ON removed (seq)",
     *(f"CREATE INDEX items_{column} ON items ({column})" for column in ("label", "camera", "time")),
     "CREATE INDEX items_identity ON items (identity, camera)",  # the same-camera rule asks for both
@@ -64,6 +75,8 @@ class Facts:
     embedding_dim: int
     manifest: str
     """The encoder's manifest, as JSON."""
+    since: int = 0
+    """The transaction with which this encoder took the place of another; 0 for the first."""
 
 
 def row_checksum(*columns: object) -> int:
@@ -107,7 +120,7 @@ def _is_empty(db: sqlite3.Connection) -> bool:
 def _create(db: sqlite3.Connection, facts: Facts) -> None:
     for statement in _CREATE:
         db.execute(statement)
-    db.executemany(INSERT["facts"], [sealed(key, str(value)) for key, value in vars(facts).items()])
+    db.executemany(INSERT["facts"], [sealed(key, str(value)) for key, value in (vars(facts) | {SINCE: 0}).items()])
 
 
 def _read_facts(file: CatalogFile) -> Facts:
@@ -117,7 +130,7 @@ def _read_facts(file: CatalogFile) -> Facts:
         if checksum != row_checksum(key, value):
             raise GalleryError(f"{file.path}: {key} was changed on the disk (checksum); take this file from a backup")
     facts = {key: value for key, value, _ in rows}
-    return Facts(**{**facts, "embedding_dim": int(facts["embedding_dim"])})
+    return Facts(**{**facts, "embedding_dim": int(facts["embedding_dim"]), SINCE: int(facts.get(SINCE, 0))})
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,8 @@ class Head:
     classes: tuple[str, ...]
     encoder_id: str
     """Whose vectors it was fitted on; it means nothing on others."""
+    abstain_below: float = 0.0
+    """A picture whose likeliest class is less likely than this is uncertain."""
     report: dict[str, Any] = field(default_factory=dict)
     """How it was fitted and scored."""
 
@@ -39,6 +42,8 @@ class Head:
             raise ValueError("weight or bias holds numbers that are not finite")
         if len(set(self.classes)) != count:
             raise ValueError("two classes have the same name")
+        if not 0 <= self.abstain_below <= 1:
+            raise ValueError(f"abstains below {self.abstain_below}, wanted 0 to 1")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -50,6 +55,7 @@ class Head:
                     bias=arrays["bias"],
                     classes=tuple(map(str, arrays["classes"])),
                     encoder_id=str(arrays["encoder_id"]),
+                    abstain_below=float(arrays.get("abstain_below", 0.0)),  # earlier heads always decide
                     report=json.loads(str(arrays["report"])),
                 )
         except OSError as error:
@@ -69,6 +75,7 @@ class Head:
                 bias=self.bias,
                 classes=np.array(self.classes, dtype=np.str_),
                 encoder_id=np.array(self.encoder_id, dtype=np.str_),
+                abstain_below=np.array(self.abstain_below),
                 report=np.array(json.dumps(self.report), dtype=np.str_),
             )
 
@@ -80,6 +87,11 @@ class Head:
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))  # the largest exponent is 0: nothing overflows
         return np.asarray(powers / powers.sum(axis=1, keepdims=True), dtype=np.float32)
 
+    def decide(self, probability_C: NDArray[np.float32]) -> str | None:
+        """The likeliest class, or None: uncertain."""
+        likeliest = int(probability_C.argmax())
+        return self.classes[likeliest] if probability_C[likeliest] >= self.abstain_below else None
+
     def require(self, encoder_id: str) -> None:
         """Refuse another encoder's vectors. Raises: EncoderMismatch."""
         if encoder_id != self.encoder_id:
@@ -87,3 +99,13 @@ class Head:
                 f"the head was fitted on vectors of encoder {self.encoder_id}, the encoder here is {encoder_id}; "
                 "fit it again: simclr fit-head --encoder ENC --images SRC --out HEAD.npz"
             )
+
+
+def load_heads(paths: Iterable[Path]) -> dict[str, Head]:
+    """Several heads by the names of their files, without `.npz`. Raises: ContractError, also where two have one name."""
+    heads: dict[str, Head] = {}
+    for path in paths:
+        if path.stem in heads:
+            raise ContractError(f"{path}: there is a head named {path.stem} already; rename one of the two files")
+        heads[path.stem] = Head.load(path)
+    return heads

@@ -7,6 +7,7 @@ SimclrError                 one line for a person: what, got, wanted, do
 ├── EncoderUnavailable      the model server does not answer
 ├── TritonStartError        a Triton server cannot be started here
 ├── GalleryError            a gallery, or a request to it, that cannot be used
+│   └── Reembedded          it has got another encoder since it was opened
 ├── TrainingError           pretraining, evaluation or the fit of a head cannot go on
 └── ExportError             the exported graph is not what was trained; nothing is published
 
@@ -41,6 +42,10 @@ class TritonStartError(SimclrError):
 
 class GalleryError(SimclrError):
     """A gallery, or a request to it, that cannot be used."""
+
+
+class Reembedded(GalleryError):
+    """The gallery has got another encoder since it was opened."""
 
 
 class TrainingError(SimclrError):

@@ -1,4 +1,4 @@
-"""A gallery: pictures, what is known about them, and the search over their vectors. Catalog + index + encoder."""
+"""A gallery: pictures, what is known about them, and the search over their vectors. A store + an encoder."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from serve.ann.choice import IndexLimits
-from serve.catalog import Catalog, Item, Known
 from serve.encoder import Encoder
 from serve.errors import GalleryError
 from serve.filters import Where, as_where
-from serve.gallery_folder import CATALOG_NAME, INDEX_NAME, bytes_on_disk, check_encoder, prepare_folder, tidy
-from serve.index import Index, unit_vectors
+from serve.folder_store import FolderStore, open_folder
+from serve.index import unit_vectors
+from serve.item import Item, Known
 from serve.pictures import Picture
 from serve.search import Hit, Searcher
 from serve.sources import Sample, Unreadable, name_fault, printable, read_batches
+from serve.store import Store, check_encoder, facts_of
 
 _Batch: TypeAlias = tuple[list[Sample], NDArray[np.float32], list[Unreadable]]
 
@@ -46,48 +47,67 @@ class GalleryInfo:
     """The state of the index, in words."""
     index_report: str
     """What was measured when it was chosen, as a table; empty as long as search is exact."""
-    bytes_on_disk: int
+    bytes_on_disk: int | None
+    """None where a server keeps it."""
 
 
 class Gallery:
     """Open with `Gallery.open`; a context manager. Safe from several threads."""
 
-    def __init__(self, folder: Path, catalog: Catalog, encoder: Encoder | None) -> None:
-        self.folder, self.encoder = folder, encoder
-        self._catalog = catalog
-        self._index = Index(catalog, folder / INDEX_NAME)
-        self._searcher = Searcher(catalog, self._index)
+    def __init__(self, store: Store, encoder: Encoder | None) -> None:
+        self.encoder = encoder
+        self._store = store
+        self._searcher = Searcher(store)
 
     @classmethod
     def open(cls, uri: str | Path, encoder: Encoder | None = None, *, create: bool = False) -> Self:
-        """Open the gallery in folder `uri`; with `create`, make it first if there is none.
+        """Open the gallery in a folder, at `milvus://HOST:PORT/COLLECTION` or `milvus-lite:///FILE.db`.
 
-        Without an encoder: for search by vector, listing and maintenance.
+        With `create`, it is made first if there is none. Without an encoder: for search by vector, listing and maintenance.
         Raises: GalleryError if there is no gallery, EncoderMismatch if another encoder made its vectors.
         """
+        facts = None if encoder is None else facts_of(encoder)
         if "://" in str(uri):
-            raise GalleryError(f"{uri}: galleries are folders here; give the path of a folder")
-        folder = Path(uri)
-        facts = prepare_folder(folder, encoder) if create else None
-        if not folder.is_dir():
-            raise GalleryError(f"{folder}: no such gallery; make one: simclr gallery add {folder} --images SRC --encoder ENC")
-        catalog = Catalog(folder / CATALOG_NAME, facts)
+            from serve.milvus.store import open_milvus
+
+            store: Store = open_milvus(str(uri), facts, create=create)
+        else:
+            store = open_folder(Path(uri), facts, create=create)
         try:
-            check_encoder(folder, catalog.facts, encoder)
-            tidy(folder, catalog.facts.manifest)
-            return cls(folder, catalog, encoder)
+            check_encoder(store.address, store.facts, facts)
+            return cls(store, encoder)
         except BaseException:
-            catalog.close()
+            store.close()
             raise
+
+    @property
+    def address(self) -> str:
+        """Its folder, or its address in Milvus."""
+        return self._store.address
+
+    @property
+    def folder(self) -> Path:
+        """Its folder. Raises: GalleryError if it has none."""
+        return self._in_folder("what is kept beside a gallery").folder
+
+    @property
+    def encoder_id(self) -> str:
+        """Whose vectors it holds."""
+        return self._store.facts.encoder_id
+
+    @property
+    def manifest(self) -> str:
+        """The manifest, as JSON, of the encoder whose vectors it holds."""
+        return self._store.facts.manifest
 
     @property
     def encoder_spec(self) -> str | None:
         """Where its encoder was last opened, so that searching need not name it again; None if nobody said."""
-        return self._catalog.encoder_spec
+        return self._store.encoder_spec
 
     @encoder_spec.setter
     def encoder_spec(self, spec: str) -> None:
-        self._catalog.encoder_spec = spec
+        self._store.encoder_spec = spec
 
     def add(
         self,
@@ -95,12 +115,14 @@ class Gallery:
         vectors: NDArray[np.float32] | None = None,
         *,
         extra: Mapping[str, Mapping[str, JsonValue]] | None = None,
+        ids: Mapping[str, int] | None = None,
         batch_size: int = 256,
         on_batch: Callable[[int], object] | None = None,
     ) -> AddReport:
         """Add pictures, embedding them unless their `vectors` (N, D) are given; committed batch by batch.
 
         A source that is in the gallery is skipped, so a broken run is resumed by repeating it. `extra`: source -> more facts.
+        `ids`: source -> the id that it shall have, for a copy of another gallery; one that was ever used is refused.
         `on_batch` is called with the number of samples each batch dealt with; they sum up to N (for a progress bar).
         Raises: GalleryError; earlier batches stay.
         """
@@ -109,15 +131,14 @@ class Gallery:
         fresh = self._fresh(samples)
         todo = [samples[place] for place in fresh]
         batches = self._embedded(todo, batch_size) if unit is None else _cut(todo, unit[fresh], batch_size)
-        ids: list[int] = []
+        added: list[int] = []
         tell = on_batch or (lambda _: None)
         tell(len(samples) - len(fresh))
         for good, vectors_ND, bad in batches:
-            ids += self._catalog.add(good, vectors_ND, extra or {})
-            self._index.catch_up()
+            added += self._store.add(good, vectors_ND, extra or {}, ids)
             unreadable += bad
             tell(len(good) + len(bad))
-        return AddReport(tuple(ids), tuple(unreadable), len(samples) - len(ids) - len(unreadable))
+        return AddReport(tuple(added), tuple(unreadable), len(samples) - len(added) - len(unreadable))
 
     def _given(self, vectors: NDArray[np.float32], wanted: int) -> NDArray[np.float32]:
         if len(vectors) != wanted:
@@ -130,7 +151,7 @@ class Gallery:
         for place, sample in enumerate(samples):
             if name_fault(sample.source) is None:
                 places.setdefault(sample.source, place)
-        for source in self._catalog.known_sources(places):
+        for source in self._store.known_sources(places):
             del places[source]
         return list(places.values())
 
@@ -145,20 +166,27 @@ class Gallery:
         Raises: GalleryError, ImageError; nothing is changed then.
         """
         vector_D = self._vector_of(picture, "the new vector", "to update an item by a picture")
-        self._catalog.update(int(item_id), vector_D, source)
-        self._index.catch_up()
+        self._store.update(int(item_id), vector_D, source)
 
     def relabel(self, ids: Iterable[int], **known: Unpack[Known]) -> None:
         """Say anew what is known about items: label, identity, camera, time, extra; all of them or, on a GalleryError, none.
 
         None makes a fact unknown. `extra` is laid over what is there; what it has None for goes.
         """
-        self._catalog.relabel([int(item_id) for item_id in ids], **known)
+        self._store.relabel([int(item_id) for item_id in ids], **known)
 
     def remove(self, ids: Iterable[int]) -> None:
         """Remove items; their ids are never used again. Raises: GalleryError naming unknown ids; nothing is removed then."""
-        self._catalog.remove([int(item_id) for item_id in ids])
-        self._index.catch_up()
+        self._store.remove([int(item_id) for item_id in ids])
+
+    def erase(self, ids: Iterable[int]) -> None:
+        """`remove`, and clean the files of all that any removed or changed item left in them; takes as long as `rebuild`.
+
+        Raises: GalleryError. If it says that items are unknown, nothing was done; else call it again, with no ids.
+        """
+        store = self._in_folder("erase")
+        self.remove(ids)
+        store.scrub()
 
     def search(
         self,
@@ -214,82 +242,94 @@ class Gallery:
         vector_D: NDArray[np.float32] = rows[0]
         return vector_D
 
+    @property
+    def next_id(self) -> int:
+        """The id that the next item gets: none that is as high was ever used."""
+        return self._store.next_id
+
     def __len__(self) -> int:
-        return len(self._catalog)
+        return len(self._store)
 
     def item(self, item_id: int) -> Item:
         """One item. Raises: GalleryError if it does not exist."""
-        found = self._catalog.lookup([int(item_id)])
+        found = self._store.lookup([int(item_id)])
         if not found:
-            raise GalleryError(f"{self.folder}: no item with id {item_id}")
+            raise GalleryError(f"{self.address}: no item with id {item_id}")
         return found[int(item_id)]
 
     def items(self, where: str | Where | None = None, limit: int | None = None, offset: int = 0) -> list[Item]:
         """Items that pass `where`, in the order they were added."""
-        return self._catalog.items(as_where(where), limit, offset)
+        return self._store.items(as_where(where), limit, offset)
 
     def ids(self, where: str | Where | None = None) -> NDArray[np.int64]:
         """Ids (n,) of the items that pass `where`, growing."""
-        return self._catalog.ids(as_where(where))
+        return self._store.ids(as_where(where))
 
     def count(self, where: str | Where | None = None) -> int:
         """How many items pass `where`."""
-        return self._catalog.count(as_where(where))
+        return self._store.count(as_where(where))
+
+    def rows(self, where: str | Where | None = None) -> Iterator[tuple[list[Item], NDArray[np.float32]]]:
+        """Items that pass `where`, with vectors (n, D), in blocks, by growing id; all of one state. Raises: GalleryError."""
+        return self._store.rows(as_where(where))
 
     def vector(self, item_id: int) -> NDArray[np.float32]:
         """The unit vector (D,) of an item. Raises: GalleryError if it does not exist."""
-        vector = self._catalog.vector(int(item_id))
+        vector = self._store.vector(int(item_id))
         if vector is None:
-            raise GalleryError(f"{self.folder}: no item with id {item_id}")
+            raise GalleryError(f"{self.address}: no item with id {item_id}")
         return vector
 
     def distinct(self, field: str) -> list[str]:
         """The values of label, identity, camera or source, sorted naturally."""
-        return self._catalog.distinct(field)
+        return self._store.distinct(field)
 
     def info(self) -> GalleryInfo:
         """Count, encoder, index and size."""
-        facts = self._catalog.facts
+        facts, kept = self._store.facts, self._store.describe()
         return GalleryInfo(
             count=len(self),
             embedding_dim=facts.embedding_dim,
             encoder_id=facts.encoder_id,
             encoder_name=facts.encoder_name,
-            index=self._index.describe(),
-            index_report=self._index.report(),
-            bytes_on_disk=bytes_on_disk(self.folder),
+            index=kept.index,
+            index_report=kept.report,
+            bytes_on_disk=kept.bytes_on_disk,
         )
 
     def rebuild(self) -> None:
         """Derive the index anew from the catalog, and save it. Raises: GalleryError."""
-        self._index.rebuild()
+        self._in_folder("rebuild").index.rebuild()
 
     @property
     def limits(self) -> IndexLimits:
         """What the index is chosen by."""
-        return self._index.limits
+        return self._in_folder("tune").index.limits
 
     def tune(self, limits: IndexLimits) -> None:
         """Choose the index anew, by measuring, under other limits, which stay. Raises: GalleryError."""
-        self._index.rebuild(limits)
+        self._in_folder("tune").index.rebuild(limits)
 
     def verify(self) -> list[str]:
         """What is wrong, one line each: the catalog's file, every row and vector of it, index against catalog."""
-        return self._catalog.problems() + self._index.problems()
+        return self._in_folder("verify").problems()
 
     def repair(self) -> None:
         """Derive anew all that is derived: SQLite's own indexes and the index of vectors. Raises: GalleryError."""
-        self._catalog.repair()
-        self.rebuild()
+        self._in_folder("repair").repair()
+
+    def _in_folder(self, purpose: str) -> FolderStore:
+        if not isinstance(self._store, FolderStore):
+            raise GalleryError(f"{self.address}: {purpose} is for galleries in folders; Milvus keeps files and indexes itself")
+        return self._store
 
     def save(self) -> None:
-        """Write the index, so that the next opening has nothing to replay. Raises: GalleryError; nothing is lost then."""
-        self._index.save()
+        """Write what spares the next opening work: a folder's index. Raises: GalleryError; nothing is lost then."""
+        self._store.save()
 
     def close(self) -> None:
-        """Close; the index is saved if that spares the next opening much. Never loses anything: the catalog has it all."""
-        self._index.close()
-        self._catalog.close()
+        """Close; an index is saved if that spares the next opening much. Never loses anything."""
+        self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -299,11 +339,11 @@ class Gallery:
 
     @property
     def _dim(self) -> int:
-        return self._catalog.facts.embedding_dim
+        return self._store.facts.embedding_dim
 
     def _need_encoder(self, purpose: str) -> Encoder:
         if self.encoder is None:
-            raise GalleryError(f"{self.folder}: opened without an encoder, which is needed {purpose}; give --encoder ENC")
+            raise GalleryError(f"{self.address}: opened without an encoder, which is needed {purpose}; give --encoder ENC")
         return self.encoder
 
 

@@ -12,23 +12,25 @@ from contextlib import suppress
 from pathlib import Path
 
 from serve.catalog_schema import Facts
-from serve.encoder import Encoder
-from serve.errors import EncoderMismatch, GalleryError
+from serve.errors import GalleryError
 from serve.files import atomic_path
+from serve.store import needed
 
 CATALOG_NAME, INDEX_NAME, MANIFEST_COPY_NAME = "catalog.sqlite", "index", "gallery.json"
 _FORMER_INDEX_NAME = "index.faiss"
 log = logging.getLogger(__name__)
 
 
-def prepare_folder(folder: Path, encoder: Encoder | None) -> Facts | None:
-    """Make an empty folder for a gallery, unless it is one. Raises: GalleryError if something else is there."""
+def prepare_folder(folder: Path, facts: Facts | None) -> Facts | None:
+    """Make an empty folder for a gallery, unless it is one. Raises: GalleryError if something else is there.
+
+    Returns: what a catalog there is to be made of, if it is missing.
+    """
     catalog = folder / CATALOG_NAME
     exists = catalog.is_file() and catalog.stat().st_size > 0
-    if encoder is None:
-        if exists:
-            return None
-        raise GalleryError(f"{folder}: a new gallery needs the encoder that will make its vectors; give --encoder ENC")
+    if exists and facts is None:
+        return None
+    made_of = needed(str(folder), facts)
     if folder.exists() and not folder.is_dir():
         raise GalleryError(f"{folder}: is a file; a gallery is a folder, give another name")
     ours = (".", CATALOG_NAME, "lost+found")
@@ -40,17 +42,7 @@ def prepare_folder(folder: Path, encoder: Encoder | None) -> Facts | None:
     if others:
         raise GalleryError(f"{folder}: holds {others[0]} and no catalog, so it is no gallery; give a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = encoder.manifest
-    return Facts(encoder.encoder_id, manifest.name, manifest.embedding_dim, manifest.model_dump_json(indent=2))
-
-
-def check_encoder(folder: Path, facts: Facts, encoder: Encoder | None) -> None:
-    """Raises: EncoderMismatch if the gallery's vectors are another encoder's."""
-    if encoder is not None and encoder.encoder_id != facts.encoder_id:
-        raise EncoderMismatch(
-            f"{folder}: its vectors are of encoder {facts.encoder_id} ({facts.encoder_name}), this is {encoder.encoder_id} "
-            f"({encoder.manifest.name}); use the former, or embed anew: simclr gallery add NEW --images SRC --encoder ENC"
-        )
+    return made_of
 
 
 def tidy(folder: Path, manifest: str) -> None:

@@ -27,7 +27,7 @@ from serve.ann.report import table
 from serve.ann.segment import Found
 from serve.ann.state import MANY_ROWS, State
 from serve.catalog import Catalog
-from serve.errors import GalleryError
+from serve.errors import GalleryError, Reembedded
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +40,25 @@ class _Stopped(Exception):
     """Closed while a base was being written."""
 
 
-def unit_vectors(vectors: ArrayLike, dim: int, what: str = "vectors") -> NDArray[np.float32]:
-    """L2-normalised copy, float32 (N, dim). Raises: GalleryError for another shape, NaN, infinity or a zero vector."""
+def unit_vectors(vectors: ArrayLike, dim: int, what: str = "vectors", first_row: int = 0) -> NDArray[np.float32]:
+    """L2-normalised copy, float32 (N, dim); what is of unit length stays as it is, to the last bit.
+
+    `first_row`: the number of the first, for messages. Raises: GalleryError for another shape, NaN, infinity, a zero vector.
+    """
     array = np.asarray(vectors)
     if array.ndim != 2 or array.shape[1] != dim or array.dtype.kind not in "fiu":
         raise GalleryError(
             f"{what}: got {array.dtype}{array.shape}, wanted numbers of shape (N, {dim}); was another encoder used?"
         )
-    norms = np.sqrt(np.einsum("nd,nd->n", array, array, dtype=np.float64))
-    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-    if len(bad):
-        raise GalleryError(f"{what}: row {bad[0]} is zero, infinite or not a number, so it has no direction; leave it out")
-    unit: NDArray[np.float32] = (array / norms[:, None]).astype(np.float32)
+    wide = array.astype(np.float64)
+    norms = np.sqrt((wide * wide).sum(axis=1))
+    good = (norms > 0) & (norms < np.inf)
+    if not good.all():
+        raise GalleryError(
+            f"{what}: row {first_row + np.argmin(good)} is zero, infinite or not a number, so it has no direction; leave it out"
+        )
+    norms[np.abs(norms - 1) <= np.finfo(np.float32).eps] = 1
+    unit: NDArray[np.float32] = (wide / norms[:, None]).astype(np.float32)
     return unit
 
 
@@ -65,24 +72,39 @@ class Index:
         """
         self._catalog, self._folder = catalog, folder
         self._changing, self._writing, self._starting = threading.Lock(), threading.Lock(), threading.Lock()
-        self._stopping, self._not_before = threading.Event(), 0.0
+        self._stopping, self._not_before, self._version = threading.Event(), 0.0, -1
         self._worker: threading.Thread | None = None
+        self._left_behind = False
         base = newest(folder, catalog)
         self.limits = limits or (base.header.limits if base else IndexLimits())
         self._state = State.of(base, catalog.facts.embedding_dim)
         if base is None and len(catalog) > MANY_ROWS:  # too many for memory; choosing an index for them can wait
             self._save_or_warn()
-        self.catch_up()
+        self._replay()
 
     def __len__(self) -> int:
         return len(self._state)
 
     def catch_up(self) -> None:
-        """Replay the transactions that this index lacks, of this process or any other."""
-        if self._catalog.last_change() != self._state.at:
+        """Replay the transactions that this index lacks, of this process or any other.
+
+        When the gallery has been re-embedded it stays as it was: what it finds is true of the former encoder.
+        """
+        if self._left_behind:
+            return
+        try:
+            self._replay()
+        except Reembedded as error:
+            log.warning("%s; until then, what it held before is searched", error)
+            self._left_behind = True
+
+    def _replay(self) -> None:
+        version = self._catalog.version()
+        if version != self._version:
             with self._changing:
                 self._state = self._state.caught_up(self._catalog)
                 self._state = self._state.settled()
+                self._version = version
         if self._state.due:
             self._start_worker()
 
@@ -143,7 +165,7 @@ class Index:
         if self._worker is not None:
             self._worker.join()
         self._stopping.clear()
-        if self.unsaved * 10 > len(self):  # replaying the last tenth costs less than writing all anew
+        if self.unsaved * 10 > len(self) and not self._left_behind:  # replaying the last tenth costs less than writing all anew
             self._save_or_warn()
 
     def problems(self) -> list[str]:

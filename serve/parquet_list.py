@@ -1,4 +1,4 @@
-"""Lists of pictures in Parquet: a column `path`, and any of label, identity, camera, time."""
+"""Lists of pictures in Parquet: a column `path`, and any of label, identity, camera, time, track."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def listed_rows(path: Path, columns: frozenset[str]) -> Iterator[dict[str, str]]
             _check_columns(path, file.schema_arrow, columns)
             for block in file.iter_batches():
                 for row in block.to_pylist():
-                    yield {name: _text(value) for name, value in row.items() if value is not None}
+                    yield {name: as_text(value) for name, value in row.items() if value is not None}
     except (OSError, ValueError, pa.ArrowException) as error:
         raise SourceError(f"{path}: not a readable Parquet file ({next(iter(str(error).splitlines()), '')})") from error
 
@@ -32,10 +32,15 @@ def _check_columns(path: Path, schema: pa.Schema, columns: frozenset[str]) -> No
     if "path" not in names or names - columns - {"path"}:
         raise SourceError(f"{path}: columns are {sorted(names)}, wanted path and any of {sorted(columns)}")
     for field in schema:
-        if not _is_accepted(field):
-            raise SourceError(
-                f"{path}: {field.name} is {field.type}, wanted text or whole numbers{', or a time' * (field.name == 'time')}"
-            )
+        check_kind(path, field)
+
+
+def check_kind(path: Path, field: pa.Field) -> None:
+    """Raises: SourceError if a column's values are neither names nor, if it is called so, a time."""
+    if not _is_accepted(field):
+        raise SourceError(
+            f"{path}: {field.name} is {field.type}, wanted text or whole numbers{', or a time' * (field.name == 'time')}"
+        )
 
 
 def _is_accepted(field: pa.Field) -> bool:
@@ -47,5 +52,6 @@ def _is_accepted(field: pa.Field) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _text(value: object) -> str:
+def as_text(value: object) -> str:
+    """A value as a CSV file would have it."""
     return value.isoformat() if isinstance(value, date) else str(value)

@@ -124,6 +124,15 @@ def decode(
         raise ImageError(f"{name}: not a readable picture ({reason})") from error
 
 
+def header_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an encoded picture before EXIF turns it; nothing is decoded. Raises: ImageError."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except Exception as error:  # as in `decode`
+        raise ImageError(f"image: not a readable picture ({_reason(error)})") from error
+
+
 def _file(source: str | Path | bytes) -> io.BytesIO | str | Path:
     return io.BytesIO(source) if isinstance(source, bytes) else source
 

@@ -1,4 +1,4 @@
-"""What a query finds: the index's nearest joined with the catalog's filter and facts, so that each hit is true when told."""
+"""What a query finds: the store's nearest joined with what is known of them, so that each hit is true when told."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.catalog import Catalog, Item
 from serve.filters import Where
-from serve.index import Index
+from serve.item import Item
+from serve.store import Found, Store
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Hit(Item):
 class Searcher:
     """Reads only. Safe from several threads, while this process and others write."""
 
-    def __init__(self, catalog: Catalog, index: Index) -> None:
-        self._catalog, self._index = catalog, index
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     def best(self, query_D: NDArray[np.float32], count: int, where: Where, excluded: NDArray[np.int64]) -> list[Hit]:
         """The `count` most similar that pass, by falling score and growing id; fewer only if fewer pass."""
         while True:
             scores, ids = self._ranked(query_D, count, where, excluded)
-            items = self._catalog.lookup(ids.tolist(), where)
+            items = self._store.lookup(ids.tolist(), where)
             gone = [item_id for item_id in ids.tolist() if item_id not in items]
             if not gone:
                 return [Hit(**vars(items[i]), score=score) for i, score in zip(ids.tolist(), scores.tolist(), strict=True)]
@@ -39,7 +39,7 @@ class Searcher:
         self, query_D: NDArray[np.float32], threshold: float, where: Where, limit: int | None, excluded: NDArray[np.int64]
     ) -> list[Hit]:
         """All that pass with `threshold` <= score, at most `limit` of them, in the order of `best`."""
-        most = len(self._catalog) if limit is None else limit
+        most = len(self._store) if limit is None else limit
         count = min(64, most)
         while True:
             hits = self.best(query_D, count, where, excluded)
@@ -47,7 +47,7 @@ class Searcher:
                 return [hit for hit in hits if hit.score >= threshold]
             count = min(4 * count, most)
 
-    def many(self, queries_QD: NDArray[np.float32], k: int, where: Where) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def many(self, queries_QD: NDArray[np.float32], k: int, where: Where) -> Found:
         """Scores (Q, k) and ids (Q, k) of the most similar that pass; -inf and -1 where there are fewer."""
         scores, ids = self._nearest(queries_QD, k, where, np.empty(0, np.int64))
         if ids.shape[1] < k:
@@ -69,10 +69,6 @@ class Searcher:
                 return scores[order], ids[order]
             wanted *= 2
 
-    def _nearest(
-        self, queries_QD: NDArray[np.float32], k: int, where: Where, excluded: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        allowed = self._catalog.ids(where) if where else None  # before catching up: the index then holds all of them
-        self._index.catch_up()
-        scores, ids = self._index.search(queries_QD, k, allowed=allowed, excluded=excluded)
+    def _nearest(self, queries_QD: NDArray[np.float32], k: int, where: Where, excluded: NDArray[np.int64]) -> Found:
+        scores, ids = self._store.nearest(queries_QD, k, where, excluded)
         return scores.clip(-1, 1), ids

@@ -15,7 +15,7 @@ from serve.errors import SourceError
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 100_000
-_FIELDS = ("label", "identity", "camera", "time")
+_FIELDS = ("label", "identity", "camera", "time", "track")
 
 
 def expand_braces(pattern: str) -> list[Path]:
@@ -38,7 +38,7 @@ def expand_braces(pattern: str) -> list[Path]:
 
 
 def pictures_with_facts(path: Path, pictures: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The pictures of one shard and what their sidecars say of them: label, identity, camera, time, as text.
+    """The pictures of one shard and what their sidecars say of them: label, identity, camera, time, track, as text.
 
     Nothing if no sidecar says any of these. Of a key with several pictures those of one-part endings stay: `7.jpg` and not its
     mask `7.seg.png`. Raises: SourceError.

@@ -1,4 +1,4 @@
-"""Where pictures come from: a folder, a CSV or Parquet list, a .zip or .tar read in place, shards, a Market-1501 or CIFAR root.
+"""Where pictures come from: a folder, a CSV or Parquet list, a .zip or .tar read in place, shards, a CIFAR or re-ID set's root.
 
 One rule set reads all of them: the layout is recognised from the members' relative paths. A picture is named by its
 `source`, a path, `archive.zip!/member` or `batch.bin!/row`, which `read_bytes` opens again later (thumbnails, re-embedding).
@@ -14,11 +14,9 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -28,67 +26,31 @@ from tqdm import tqdm
 
 from serve import archives, cifar, shards
 from serve.contract import Preprocess
+from serve.datasets.known import recognise, split_choice
+from serve.datasets.market import MARKET_NAME, WHOLE_NAME
+from serve.datasets.tree import IMAGE_SUFFIXES, Tree, sample_named
 from serve.errors import SourceError
 from serve.listing import list_files
 from serve.preprocess import TRAITS, ImageError, decode, load_image
+from serve.samples import JUNK_IDENTITY as JUNK_IDENTITY
+from serve.samples import ImageSet as ImageSet
+from serve.samples import Sample as Sample
+from serve.samples import Unreadable as Unreadable
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
-MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)(?:s(\d+)_(\d+))?")
-_MARKET_STRICT = re.compile(r"-?\d+_c\d+s\d+_\d+_\d+\.\w+$")
-JUNK_IDENTITY = "-1"
-"""Market-1501's mark for boxes that count neither as right nor as wrong."""
 _MEMBER = re.compile(r"(?<=\.zip|\.tar|\.bin)!/", re.IGNORECASE)  # a folder may be called `wow!`
+_ROLES = ("train", "test", "query", "gallery")
 _TRAIN_FOLDERS, _TEST_FOLDERS = ("train",), ("test", "val")
 _log = logging.getLogger(__name__)
-_Picture = TypeVar("_Picture")
+_Read = TypeVar("_Read")
 _WANTED = "a folder, .csv, .parquet, .zip or .tar"
-_LIST_COLUMNS = frozenset({"label", "identity", "camera", "time"})
+_LIST_COLUMNS = frozenset({"label", "identity", "camera", "time", "track"})
 _SHARD_WORD = re.compile(r"[-_.]")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture and what is known about it. `time` is in seconds; in the Market-1501 family it is the frame number."""
-
-    source: str
-    label: str | None = None
-    identity: str | None = None
-    camera: str | None = None
-    time: float | None = None
-
-    @property
-    def group(self) -> str | None:
-        """What evaluation counts as right: the class, or else the identity."""
-        return self.label if self.label is not None else self.identity
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A source by the roles of its pictures, each sorted. `test` and `query`/`gallery` are empty where it has none."""
-
-    train: tuple[Sample, ...] = ()
-    test: tuple[Sample, ...] = ()
-    query: tuple[Sample, ...] = ()
-    gallery: tuple[Sample, ...] = ()
-
-    @property
-    def everything(self) -> tuple[Sample, ...]:
-        """All pictures, in the order train, test, query, gallery."""
-        return self.train + self.test + self.query + self.gallery
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A picture that was left out, and why: one line that names it."""
-
-    source: str
-    reason: str
 
 
 def open_source(source: str | Path) -> ImageSet:
     """List the pictures of a folder, .csv, .parquet, .zip, .tar (or `archive!/folder`), or shards like `train-{000..127}.tar`.
 
-    Raises: SourceError if there are none.
+    A list of a known data set in place of its root says which part of it is meant. Raises: SourceError if there are none.
     """
     images = _open(str(source))
     if not images.everything:
@@ -156,7 +118,17 @@ def _decoded(
 
 def read_picture(source: str, traits: list[str] | None = None) -> Image.Image | Unreadable:
     """One picture as `serve.preprocess.decode` gives it, or why it is left out. `traits` gains those that it has."""
-    return _attempt(source, partial(decode, traits=traits))
+    return read_as(source, partial(decode, traits=traits))
+
+
+def read_as(source: str, read: Callable[[bytes], _Read]) -> _Read | Unreadable:
+    """What `read` makes of the bytes of one picture, or why it is left out: what `read` raises as ImageError counts as that."""
+    try:
+        return read(read_bytes(source))
+    except SourceError as error:
+        return Unreadable(source, str(error))
+    except ImageError as error:  # it was given bytes, and so calls them "image"
+        return Unreadable(source, f"{source}{str(error).removeprefix('image')}")
 
 
 def describe_traits(traits: Mapping[str, int]) -> str:
@@ -184,16 +156,7 @@ def name_fault(source: str) -> str | None:
 
 
 def _read_one(sample: Sample, traits: list[str], preprocess: Preprocess) -> NDArray[np.uint8] | Unreadable:
-    return _attempt(sample.source, partial(load_image, preprocess=preprocess, traits=traits))
-
-
-def _attempt(source: str, read: Callable[[bytes], _Picture]) -> _Picture | Unreadable:
-    try:
-        return read(read_bytes(source))
-    except SourceError as error:
-        return Unreadable(source, str(error))
-    except ImageError as error:  # it was given bytes, and so calls them "image"
-        return Unreadable(source, f"{source}{str(error).removeprefix('image')}")
+    return read_as(sample.source, partial(load_image, preprocess=preprocess, traits=traits))
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -205,50 +168,54 @@ def _split(source: str) -> tuple[str, str]:
 def _open(text: str) -> ImageSet:
     if paths := shards.expand_braces(text):
         return _from_shards(paths)
-    location, inner = _split(text)
+    root, choice = split_choice(text)
+    location, inner = _split(root)
     path = Path(location).absolute()  # sources are kept in galleries, which outlive the working folder
     if not text or not path.exists():  # no text at all would be the working folder
         raise SourceError(f"{location or 'no name given'}: no such file or folder; --images wants {_WANTED}")
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, choice)
     if path.suffix.lower() == ".csv":
         return ImageSet(train=tuple(_csv_samples(path)))
     if path.suffix.lower() == ".parquet":
         return ImageSet(train=tuple(_parquet_samples(path)))
     if path.suffix.lower() in (".zip", ".tar"):
-        return _from_archive(path, f"{inner.strip('/')}/" if inner else "")
+        return _from_archive(path, f"{inner.strip('/')}/" if inner else "", choice)
     raise SourceError(f"{text}: wanted {_WANTED}; pack or unpack it as one of these")
 
 
-def _from_folder(path: Path) -> ImageSet:
+def _from_folder(path: Path, choice: str) -> ImageSet:
     try:
         members = list_files(path)
     except OSError as error:
         raise SourceError(f"{path}: cannot be listed ({error.strerror})") from error
-    if any(map(_is_picture, members)):
-        return _by_layout(members, lambda member: str(path / member))
+    tree = Tree(members, lambda member: str(path / member), lambda member: read_bytes(str(path / member)), choice)
+    if images := _by_layout(tree):
+        return images
     if batches := cifar.batch_files(members):
         return _from_cifar([str(path / batch) for batch in batches])
     return _from_shards([path / member for member in members if member.lower().endswith(".tar")])
 
 
-def _from_archive(path: Path, prefix: str = "") -> ImageSet:
-    members = [name.removeprefix(prefix) for name in archives.member_names(path) if name.startswith(prefix)]
-    pictures = sorted(filter(_is_picture, members))
+def _from_archive(path: Path, prefix: str = "", choice: str = "") -> ImageSet:
+    members = sorted(name.removeprefix(prefix) for name in archives.member_names(path) if name.startswith(prefix))
+    base = f"{path}!/{prefix}"
+    tree = Tree(members, lambda member: f"{base}{member}", lambda member: read_bytes(f"{base}{member}"), choice)
     if path.suffix.lower() == ".tar":
-        if not pictures and (batches := cifar.batch_files(members)):
-            return _from_cifar([f"{path}!/{prefix}{batch}" for batch in batches])
-        if facts := shards.pictures_with_facts(path, [f"{prefix}{picture}" for picture in pictures]):
-            return _labelled({f"{path}!/{picture}": known for picture, known in facts.items()}, f"{path}!/{prefix}")
-    return _by_layout(members, lambda member: f"{path}!/{prefix}{member}")
+        if not tree.pictures and (batches := cifar.batch_files(members)):
+            return _from_cifar([f"{base}{batch}" for batch in batches])
+        if facts := shards.pictures_with_facts(path, [f"{prefix}{picture}" for picture in tree.pictures]):
+            return _labelled({f"{path}!/{picture}": known for picture, known in facts.items()}, base)
+    return _by_layout(tree) or ImageSet()
 
 
 def _labelled(facts: Mapping[str, Mapping[str, str]], prefix: str) -> ImageSet:
     """Pictures with sidecars: the roles are the folders', the rest is what the sidecars say, by source."""
-    images = _by_layout([source.removeprefix(prefix) for source in facts], lambda member: f"{prefix}{member}")
-    roles = {role: getattr(images, role) for role in ("train", "test", "query", "gallery")}
-    return ImageSet(
-        **{role: tuple(_shard_sample(old.source, facts[old.source]) for old in samples) for role, samples in roles.items()}
+    members = [source.removeprefix(prefix) for source in facts]
+    images = _by_layout(Tree(members, lambda member: f"{prefix}{member}", read_bytes)) or ImageSet()
+    roles = {role: getattr(images, role) for role in _ROLES}
+    return _image_set(
+        {role: [_shard_sample(old.source, facts[old.source]) for old in samples] for role, samples in roles.items()}
     )
 
 
@@ -257,7 +224,7 @@ def _from_shards(paths: Sequence[Path]) -> ImageSet:
     words = [(_SHARD_WORD.split(path.name.lower())[0], path.parent.name.lower()) for path in paths]
     tops = [next((word for word in pair if word in _TRAIN_FOLDERS + _TEST_FOLDERS), "") for pair in words]
     split = bool(set(tops) & set(_TRAIN_FOLDERS)) and bool(set(tops) & set(_TEST_FOLDERS))
-    roles: dict[str, list[Sample]] = {"train": [], "test": [], "query": [], "gallery": []}
+    roles: dict[str, list[Sample]] = {role: [] for role in _ROLES}
     with tqdm(paths, desc="indexing", unit=" shards", delay=1, leave=False, dynamic_ncols=True) as bar:
         for path, top in zip(bar, tops, strict=True):
             images = _from_archive(path)
@@ -278,70 +245,44 @@ def _from_cifar(batches: Sequence[str]) -> ImageSet:
     return _image_set(roles)
 
 
-def _by_layout(members: list[str], name: Callable[[str], str]) -> ImageSet:
-    pictures = sorted(member for member in members if _is_picture(member))
-    shift = _shared_folder(pictures)
-    roles: dict[str, list[Sample]] = {"train": [], "test": [], "query": [], "gallery": []}
-    tops = {member[shift:].split("/")[0] for member in pictures}
-    market = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
-    if tops & {"bounding_box_train", "bounding_box_test"}:
-        for member in pictures:
-            if role := market.get(member[shift:].split("/")[0]):
-                roles[role] += _market_sample(name(member), member)
-        return _image_set(roles)
+def _by_layout(tree: Tree) -> ImageSet | None:
+    """A known data set, or else what the folders say; None without pictures. Raises: SourceError."""
+    return recognise(tree) or (_by_folders(tree) if tree.pictures else None)
+
+
+def _by_folders(tree: Tree) -> ImageSet:
+    """Folders are classes; a split where there are `train` and `test` or `val`. Names of Market-1501 tell more than folders."""
+    shift = len(tree.wrapping)
+    tops = {member[shift:].split("/")[0] for member in tree.pictures}
     split = bool(tops & set(_TRAIN_FOLDERS)) and bool(tops & set(_TEST_FOLDERS))
-    looks_like_market = all(_MARKET_STRICT.match(PurePosixPath(member).name) for member in pictures)
-    for member in pictures:
-        *folders, _file = member[shift:].split("/")
+    looks_like_market = all(WHOLE_NAME.match(member.rpartition("/")[2]) for member in tree.pictures)
+    roles: dict[str, list[Sample]] = {"train": [], "test": []}
+    for member in tree.pictures:
+        *folders, file = member[shift:].split("/")
         role = "train"
         if split:
             top = folders.pop(0) if folders else ""
             role = "test" if top in _TEST_FOLDERS else "train"
-        if looks_like_market:
-            roles[role] += _market_sample(name(member), member)
+        if looks_like_market and (match := MARKET_NAME.match(file)):
+            roles[role].append(sample_named(tree.source(member), match))
         else:
-            roles[role].append(Sample(name(member), label=folders[0] if folders else None))
+            roles[role].append(Sample(tree.source(member), label=folders[0] if folders else None))
     return _image_set(roles)
 
 
-def _image_set(roles: dict[str, list[Sample]]) -> ImageSet:
-    return ImageSet(**{role: tuple(samples) for role, samples in roles.items()})
-
-
-def _is_picture(member: str) -> bool:
-    """By its ending, and not hidden. No pathlib: this is asked of every file of a large tree."""
-    *folders, name = member.split("/")
-    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not any(
-        part.startswith((".", "__MACOSX")) and part != "." for part in (*folders, name)
-    )
-
-
-def _shared_folder(members: list[str]) -> int:
-    """Length of the path that all members share: archives often wrap everything in one folder."""
-    if not members:
-        return 0
-    first, last = (member.split("/")[:-1] for member in (members[0], members[-1]))  # sorted: what these share, all share
-    shared = [one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
-    return sum(len(part) + 1 for part in shared)
-
-
-def _market_sample(source: str, member: str) -> list[Sample]:
-    """Zero or one sample: a name outside the grammar is left out. Matched on the file name, never on the folders."""
-    match = MARKET_NAME.match(PurePosixPath(member).name)
-    if match is None:
-        return []
-    identity, camera, _sequence, frame = match.groups()
-    return [Sample(source, identity=identity, camera=str(int(camera)), time=float(frame) if frame else None)]
+def _image_set(roles: Mapping[str, Sequence[Sample]]) -> ImageSet:
+    train, test, query, gallery = (tuple(roles.get(role, ())) for role in _ROLES)
+    return ImageSet(train, test, query, gallery)
 
 
 def _shard_sample(source: str, facts: Mapping[str, str]) -> Sample:
     try:
-        return _sample(source, facts)
+        return stated_sample(source, facts)
     except ValueError as error:
         raise SourceError(f"{source}: its .json says time is {facts['time']!r}, wanted seconds or an ISO 8601 time") from error
 
 
-def _sample(source: str, fields: Mapping[str, str]) -> Sample:
+def stated_sample(source: str, fields: Mapping[str, str]) -> Sample:
     """A sample from fields given as text. Raises: ValueError for a time that is none, TypeError for another field."""
     others = {key: value for key, value in fields.items() if key != "time"}
     return Sample(source=source, time=_seconds(fields["time"]) if "time" in fields else None, **others)
@@ -375,9 +316,9 @@ def _listed_sample(path: Path, place: str, row: Mapping[str, str]) -> Sample:
     """What one row of a list says of a picture, whose path counts from the list's folder. Empty is not known."""
     try:
         filled = {key: value for key, value in row.items() if value}
-        return _sample(str(path.parent / filled.pop("path")), filled)
+        return stated_sample(str(path.parent / filled.pop("path")), filled)
     except (KeyError, ValueError, TypeError) as error:
-        raise SourceError(f"{path}, {place}: {row} is not path[,label,identity,camera,time] ({error})") from error
+        raise SourceError(f"{path}, {place}: {row} is not path[,label,identity,camera,time,track] ({error})") from error
 
 
 def _seconds(text: str) -> float:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-MUST_RUN_IN_CI = ("triton", "browser", "ray")
+MUST_RUN_IN_CI = ("triton", "browser", "ray", "milvus")
 
 
 def pytest_addoption(parser):
@@ -19,7 +19,7 @@ def full(request) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """In CI a Triton, browser or Ray test that skips has failed: the machine lacks something that .ci/run should install."""
+    """In CI a Triton, browser, Ray or Milvus test that skips has failed: the machine lacks what .ci/run should install."""
     report = yield
     if os.environ.get("CI") == "true" and report.skipped and any(item.get_closest_marker(name) for name in MUST_RUN_IN_CI):
         report.outcome = "failed"

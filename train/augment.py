@@ -136,13 +136,15 @@ def crop_views(
     crop_area: float,
     generator: torch.Generator,
     target_aspect: float | None = None,
+    *,
+    count: int = 2,
 ) -> NDArray[np.uint8]:
-    """Two random boxes of one RGB picture, resized to (height, width): uint8 (2, h, w, 3). What a worker does of `crop`.
+    """Random boxes of one RGB picture, resized to (height, width): uint8 (count, h, w, 3). What a worker does of `crop`.
 
     `target_aspect` (width / height) is that of `size_px` unless given.
     """
     aspect = size_px[1] / size_px[0] if target_aspect is None else target_aspect
-    boxes = random_boxes(2, picture.height, picture.width, aspect, crop_area, generator)
+    boxes = random_boxes(count, picture.height, picture.width, aspect, crop_area, generator)
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
     crops = [resize(image, box, size_px) for box in torch.stack(boxes, 1).tolist()]
     return torch.cat(crops).permute(0, 2, 3, 1).contiguous().numpy()

@@ -33,6 +33,7 @@ MAY_DIFFER = frozenset({"images", "run", "preset"})
 HINTS = {
     "streamed": "give --workers 0 for pictures in memory, 1 or more for streamed ones",
     "sources_sha256": "the list of pictures is another one: other files, or --images written in another way",
+    "tracks_sha256": "the pictures' tracks are others",
 }
 
 

@@ -5,18 +5,14 @@ Shapes: N pictures, D dimensions, Q rows, K neighbours.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from serve.files import atomic_path
+from serve.contact_sheet import Cell, draw_sheet
 
 CELL_PX = 96
 """Small pictures are enlarged to this short side, large ones shrunk to fit twice it."""
-GAP_PX, MARGIN_PX, CAPTION_PX, HEADER_PX, QUERY_GAP_PX = 8, 20, 20, 40, 22
-PAPER, INK, FAINT, RULE = (250, 250, 248), (34, 36, 40), (116, 120, 128), (206, 208, 212)
 
 
 def contact_sheet(
@@ -33,12 +29,6 @@ def contact_sheet(
         raise ValueError(f"{count} pictures and {len(vectors_ND)} vectors, wanted as many of each, two or more")
     rows_Q, nearest_QK, cosines_QK = _nearest(vectors_ND, min(queries, count), min(neighbours, count - 1))
     return _draw(images_NCHW, rows_Q, nearest_QK, cosines_QK, title)
-
-
-def save_contact_sheet(path: Path, sheet: Image.Image) -> None:
-    """Write a PNG. Raises: OSError."""
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, "PNG")
 
 
 def _nearest(
@@ -60,24 +50,16 @@ def _draw(
     cosines_QK: NDArray[np.float32],
     title: str,
 ) -> Image.Image:
-    width, height = _cell_size(images_NCHW.shape[3], images_NCHW.shape[2])
-    lefts = [MARGIN_PX + QUERY_GAP_PX * (column > 0) + column * (width + GAP_PX) for column in range(nearest_QK.shape[1] + 1)]
-    tops = [HEADER_PX + CAPTION_PX + row * (height + CAPTION_PX + GAP_PX) for row in range(len(rows_Q))]
-    sheet = Image.new("RGB", (lefts[-1] + width + MARGIN_PX, tops[-1] + height + CAPTION_PX + MARGIN_PX - GAP_PX), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN_PX, HEADER_PX / 2), title, INK, ImageFont.load_default(17), anchor="lm")
-    small = ImageFont.load_default(13)
-    draw.text((lefts[0], tops[0] - 7), "query", FAINT, small, anchor="ls")
-    draw.text((lefts[1], tops[0] - 7), "nearest, with cosine", FAINT, small, anchor="ls")
-    rule = lefts[1] - (GAP_PX + QUERY_GAP_PX) // 2
-    draw.line((rule, tops[0], rule, tops[-1] + height), RULE)
-    for top, row, nearest, cosines in zip(tops, rows_Q, nearest_QK, cosines_QK, strict=True):
-        for left, index in zip(lefts, (row, *nearest), strict=True):
-            picture = Image.fromarray(images_NCHW[index].transpose(1, 2, 0)).resize((width, height), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (left, top))
-        for left, cosine in zip(lefts[1:], cosines, strict=True):
-            draw.text((left + width / 2, top + height + 4), f"{cosine:.2f}", INK, small, anchor="ma")
-    return sheet
+    size = _cell_size(images_NCHW.shape[3], images_NCHW.shape[2])
+
+    def cell(index: int, caption: str = "") -> Cell:
+        return Cell(Image.fromarray(images_NCHW[index].transpose(1, 2, 0)).resize(size, Image.Resampling.BICUBIC), caption)
+
+    rows = [
+        [cell(row), *(cell(index, f"{cosine:.2f}") for index, cosine in zip(nearest, cosines, strict=True))]
+        for row, nearest, cosines in zip(rows_Q, nearest_QK, cosines_QK, strict=True)
+    ]
+    return draw_sheet(rows, size, title=title, first="query", others="nearest, with cosine")
 
 
 def _cell_size(width_px: int, height_px: int) -> tuple[int, int]:

@@ -6,7 +6,8 @@ own background, colour cast, exposure, viewpoint and side of the person; clothes
 people share their colours and differ in pattern, cut, hair and bag; boxes jitter and bodies are sometimes hidden.
 
 Two CSVs at the root of the set, `patterns_train.csv` and `patterns_test.csv`, make a classification task of the same
-pictures: name the pattern of a person's top, and do it for people who were not in the training.
+pictures: name the pattern of a person's top, and do it for people who were not in the training. A third, `tracks.csv`,
+lists the training pictures as a tracker would hand them over: camera, time and track, and nobody's identity.
 """
 
 import csv
@@ -31,10 +32,11 @@ CAMERAS = (1, 2, 3, 4)
 MOST_PEOPLE = 9999
 DISTRACTOR_IDENTITY = "0000"  # Market-1501's mark for boxes of people who are in no query
 PANORAMA_PX = (4 * WIDTH_PX * SUPERSAMPLING, HEIGHT_PX * SUPERSAMPLING + 40)
-LOOK, WALK, FRAME, PLAN = range(4)  # keep the random streams of one seed apart
+LOOK, WALK, FRAME, PLAN, TRACKER = range(5)  # keep the random streams of one seed apart
 TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
 PATTERN_FILES = {"patterns_train.csv": (TRAIN,), "patterns_test.csv": (QUERY, GALLERY)}
 """Each CSV and the folders whose pictures it lists; distractors and junk are in neither."""
+TRACK_FILE = "tracks.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +270,7 @@ def draw_demo_set(out: Path, spec: DemoSet = DemoSet(), *, progress: bool = True
     with atomic_folder(out) as staged:
         _draw_boxes(staged, spec, boxes, progress)
         _write_patterns(staged, spec, boxes)
+        _write_tracks(staged, spec, boxes)
         (staged / "demo_set.json").write_text(json.dumps(_described(spec), indent=2) + "\n")
         _refuse_anything_else(out, spec)  # again: what came here while we drew would be replaced
     return out
@@ -301,6 +304,19 @@ def _write_patterns(folder: Path, spec: DemoSet, boxes: list[_Box]) -> None:
                     rows.writerow((box.path, pattern, box.identity, box.camera, box.frame))
 
 
+def _write_tracks(folder: Path, spec: DemoSet, boxes: list[_Box]) -> None:
+    """Tracks are numbered at random, lest the same number in two cameras, or its order, tell who it is."""
+    walks = sorted({(box.person, box.camera) for box in boxes if box.folder == TRAIN})
+    numbers = np.random.default_rng((spec.seed, TRACKER)).permutation(len(walks)).tolist()
+    track_of = dict(zip(walks, numbers, strict=True))
+    with (folder / TRACK_FILE).open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("path", "camera", "time", "track"))
+        rows.writerows(
+            (box.path, box.camera, box.frame, track_of[box.person, box.camera]) for box in boxes if box.folder == TRAIN
+        )
+
+
 def _described(spec: DemoSet) -> dict[str, int]:
     return {"drawing_version": DRAWING_VERSION, **asdict(spec)}
 
@@ -310,5 +326,5 @@ def _holds_set(folder: Path, spec: DemoSet, boxes: list[_Box]) -> bool:
         found = json.loads((folder / "demo_set.json").read_text())
     except (OSError, ValueError):
         return False
-    wanted = [*PATTERN_FILES, *(box.path for box in boxes)]
+    wanted = [*PATTERN_FILES, TRACK_FILE, *(box.path for box in boxes)]
     return bool(found == _described(spec)) and all((folder / path).is_file() for path in wanted)

@@ -8,7 +8,6 @@ imagededup). Their correlation says more than their signs: of the 400 pairs that
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from serve.dedup.files import digest
 from serve.sources import Sample
 
 THUMBNAIL_PX = 16
@@ -85,7 +85,7 @@ def fingerprints(images: Tensor) -> NDArray[np.void]:
     """
     count, _channels, height, width = images.shape
     prints = np.empty(count, FINGERPRINT)
-    prints["digest"] = [_digest(image) for image in images.cpu().contiguous().numpy()]
+    prints["digest"] = [digest(image.data) for image in images.cpu().contiguous().numpy()]
     grey = torch.matmul(_LUMA.to(images.device), images.float().flatten(2)).view(count, 1, height, width)
     thumbnails = F.adaptive_avg_pool2d(grey, THUMBNAIL_PX)[:, 0]
     prints["thumbnail"] = thumbnails.round().to(torch.uint8).cpu().numpy()
@@ -112,10 +112,6 @@ def find_duplicates(prints: NDArray[np.void], names: Sequence[str]) -> Duplicate
         near_pictures=int(near.sum()),
         groups=tuple(tuple(names[i] for i in group) for group in groups),
     )
-
-
-def _digest(image: NDArray[np.uint8]) -> int:
-    return int.from_bytes(hashlib.blake2b(image.data, digest_size=8).digest(), "little")
 
 
 def _near_pairs(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:

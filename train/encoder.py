@@ -241,13 +241,14 @@ class UnitEncoder(nn.Module):
     Any encoder will do that takes what `Encoder` takes and gives what it gives.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, *, unit: bool = True) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.unit = encoder, unit
 
     def forward(self, image: Tensor) -> Tensor:
-        """Unit vectors, L2 norm included."""
-        return F.normalize(self.encoder(image.permute(0, 3, 1, 2).float() / 255), dim=1)
+        """Unit vectors, L2 norm included; or, not `unit`, the features as they are."""
+        features: Tensor = self.encoder(image.permute(0, 3, 1, 2).float() / 255)
+        return F.normalize(features, dim=1) if self.unit else features
 
 
 class SimCLR(nn.Module):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from serve.contact_sheet import save_sheet
 from serve.errors import TrainingError
 from serve.sources import ImageSet, describe_traits, open_source
 from train import distributed
@@ -38,17 +39,19 @@ from train.checkpoint import (
     write_config,
 )
 from train.config import PretrainConfig
-from train.contact_sheet import contact_sheet, save_contact_sheet
+from train.contact_sheet import contact_sheet
 from train.data import Batch, Pixels, load_pixels, preprocess_for, sources_sha256, step_generator, step_rows, training_frame
 from train.duplicates import report_duplicates
 from train.encoder import Encoder, ProjectionHead, SimCLR
 from train.estimate import memory_estimate
+from train.feed import fit_to, open_feed
 from train.gradcache import cached_backward
 from train.health import Watch, chance_loss, signs_of_life
 from train.loss import nt_xent_with_top1, tile_rows_for
 from train.online import OnlineProbe, OnlineSet
 from train.optim import LARS, lr_at, parameter_groups
-from train.plan import DTYPES, Plan, choose_workers, count_steps, describe, duration, make_plan
+from train.plan import DTYPES, Plan, choose_workers, describe, duration, make_plan
+from train.positives import tracks_sha256
 from train.record import MetricsLog, stop_signals
 from train.stream import Streamed, worker_died
 
@@ -71,34 +74,13 @@ def pretrain(config: PretrainConfig) -> Path:
         images = open_source(config.images)
         plan = make_plan(config, images, device)
         feed = open_feed(config, plan, images)
-        return Trainer(config, _fit_to(feed, config, plan), images, feed, device).train()
+        return Trainer(config, fit_to(feed, config, plan), images, feed, device).train()
     except RuntimeError as error:
         if death := worker_died(error):
             raise death from error
         raise
     finally:
         distributed.stop()
-
-
-def open_feed(config: PretrainConfig, plan: Plan, images: ImageSet) -> Pixels | Streamed:
-    """This process's share of the pictures: decoded into memory, or read by workers while training."""
-    shard = images.train[distributed.rank() :: plan.world_size]
-    if plan.streamed:
-        workers = choose_workers(config, len(images.train), plan.preprocess)
-        return Streamed(shard, plan.preprocess, plan.crop_area, workers=workers, seed=config.seed)
-    return load_pixels(shard, training_frame(plan.preprocess), progress="reading images" if distributed.rank() == 0 else None)
-
-
-def _fit_to(feed: Pixels | Streamed, config: PretrainConfig, plan: Plan) -> Plan:
-    """What cannot be read shortens the epochs; the process with the fewest pictures sets their length."""
-    fewest = distributed.smallest(len(feed)) * plan.world_size
-    if fewest < config.batch_size:
-        raise TrainingError(
-            f"{fewest} pictures can be read, fewer than --batch-size {config.batch_size}"
-            + (f"; first failure: {feed.unreadable[0].reason}" if feed.unreadable else "")
-        )
-    steps_per_epoch, total_steps = count_steps(config, fewest)
-    return replace(plan, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
 
 class Trainer:
@@ -187,6 +169,7 @@ class Trainer:
             first_step=self.step,
             total_steps=self.plan.total_steps,
             steps_per_epoch=self.plan.steps_per_epoch,
+            tracks=self.feed.tracks,
         )
 
     def _one_step(self, batches: Iterator[Batch]) -> dict[str, float]:
@@ -254,7 +237,7 @@ class Trainer:
         assert self.online is not None
         scores, vectors = self.online.measure(self.model.encoder, self.device, self.probe)
         sheet = contact_sheet(self.online.images.numpy(), vectors, title=f"step {self.step} of {self.plan.total_steps}")
-        save_contact_sheet(self.config.run / CONTACT_SHEET, sheet)
+        save_sheet(self.config.run / CONTACT_SHEET, sheet)
         log.show(self.step, "nearest neighbours", np.asarray(sheet))
         if scores:
             named = ", ".join(f"{SHOWN[name]} {share:.1%}" for name, share in scores.items())
@@ -290,8 +273,10 @@ class Trainer:
         for name in ("resume", "workers"):
             del settings[name]
         plan = asdict(self.plan) | {"preprocess": self.plan.preprocess.model_dump()}
-        digest = sources_sha256(self.images.train)
-        return {"method": "SimCLR", **settings, **plan, "pictures": self.pictures, "sources_sha256": digest}
+        digests = {"sources_sha256": sources_sha256(self.images.train)}
+        if self.config.positives == "track":
+            digests["tracks_sha256"] = tracks_sha256(self.images.train)
+        return {"method": "SimCLR", **settings, **plan, "pictures": self.pictures, **digests}
 
     def _restore(self, facts: dict[str, Any]) -> None:
         state = load_checkpoint(self.config.run)
@@ -317,6 +302,8 @@ class Trainer:
         if distributed.rank() == 0:
             print(describe(self.plan, self.config, self.device, self.pictures), file=sys.stderr)
             print(f"memory    {self.memory}\ntime      about {duration(seconds)}", file=sys.stderr)
+            if self.feed.tracks:
+                print(f"positives {self.feed.tracks}{self._of_this_process()}", file=sys.stderr)
         self._tell_of_pictures()
         if distributed.rank() == 0 and isinstance(self.feed, Pixels):
             duplicates = report_duplicates(self.feed.images, self.feed.samples)
@@ -359,7 +346,7 @@ def ready_trainer(config: PretrainConfig, images: ImageSet, feed: Pixels | Strea
     device = distributed.start()
     plan = make_plan(config, images, device)
     feed = feed or open_feed(config, plan, images)
-    return Trainer(config, _fit_to(feed, config, plan), images, feed, device)
+    return Trainer(config, fit_to(feed, config, plan), images, feed, device)
 
 
 def samples_per_second(config: PretrainConfig, images: ImageSet, *, seconds: float = 8) -> float:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,14 +19,13 @@ from serve.bulk import embed_samples
 from serve.classify import Head
 from serve.encoder import Encoder as ServedEncoder
 from serve.errors import TrainingError
+from serve.heads.fit import HOW_TO_LABEL, fit_head
 from serve.sources import ImageSet, Sample, open_source
 from train.augment import SimCLRAugment
 from train.data import load_pixels, step_generator, training_frame
 from train.encoder import Encoder, UnitEncoder
 
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 200, 0.1
-WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3)
-HOW_TO_LABEL = "put each class in a sub-folder, or name it in a CSV's label column"
 HELD_BACK = 5
 """Without a test split, every fifth picture is held back to score on."""
 
@@ -60,48 +58,6 @@ def knn_accuracy(
         classes=len(classes),
     )
     return (predicted == wanted).float().mean().item()
-
-
-def fit_head(vectors: NDArray[np.float32], groups: Sequence[str], encoder_id: str) -> Head:
-    """Logistic regression on unit vectors, weight decay chosen on every fifth picture, then refitted on all.
-
-    Raises: TrainingError with fewer than two classes.
-    """
-    classes = sorted(set(groups))
-    if len(classes) < 2:
-        raise TrainingError(f"a head needs at least two classes, got {classes}; {HOW_TO_LABEL}")
-    number = {name: index for index, name in enumerate(classes)}
-    x, y = torch.from_numpy(vectors), torch.tensor([number[name] for name in groups])
-    held = torch.arange(len(x)) % HELD_BACK == min(HELD_BACK, len(x)) - 1  # at least one
-    scores = {}
-    for decay in WEIGHT_DECAYS:
-        weight, bias = logistic_regression(x[~held], y[~held], len(classes), decay)
-        scores[decay] = ((x[held] @ weight.T + bias).argmax(1) == y[held]).float().mean().item()
-    best = max(scores, key=lambda decay: scores[decay])
-    weight, bias = logistic_regression(x, y, len(classes), best)
-    report = {"fit": "L-BFGS logistic regression", "weight_decay": best, "pictures": len(x), "held_back_accuracy": scores[best]}
-    return Head(weight=weight.numpy(), bias=bias.numpy(), classes=tuple(classes), encoder_id=encoder_id, report=report)
-
-
-def logistic_regression(x_ND: Tensor, y_N: Tensor, classes: int, weight_decay: float) -> tuple[Tensor, Tensor]:
-    """Weights (C, D) and biases (C,) that minimise mean cross entropy + weight_decay / 2 * |W|^2 / D, by L-BFGS.
-
-    Unit vectors have entries of about 1 / sqrt(D), so they are scaled by sqrt(D) for the fit and W is scaled back.
-    """
-    scale = x_ND.shape[1] ** 0.5
-    weight = torch.zeros(classes, x_ND.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-    scaled = x_ND * scale
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(scaled @ weight.T + bias, y_N) + weight_decay / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return (weight * scale).detach(), bias.detach()
 
 
 def evaluate(encoder: ServedEncoder, source: str, test: str | None, protocol: Literal["knn", "linear"]) -> dict[str, Any]:
@@ -139,15 +95,6 @@ def labelled_images(source: str, test: str | None) -> ImageSet:
 def chance_accuracy(queries: Sequence[Sample]) -> float:
     """What naming the largest class every time would reach."""
     return Counter(groups_of(queries)).most_common(1)[0][1] / len(queries)
-
-
-def fit_head_on(encoder: ServedEncoder, source: str) -> Head:
-    """A head from all labelled pictures of a source. Raises: TrainingError."""
-    labelled = [sample for sample in open_source(source).train if sample.label is not None]
-    if not labelled:
-        raise TrainingError(f"{source}: no labels to learn from; {HOW_TO_LABEL}")
-    vectors, samples, _ = embed_samples(encoder, labelled, "embedding")
-    return fit_head(vectors, groups_of(samples), encoder.encoder_id)
 
 
 def score_head(head: Head, encoder: ServedEncoder, samples: Sequence[Sample]) -> Head:

@@ -21,16 +21,12 @@ CALIBRATION_BATCHES = 8
 class TorchEncoder:
     """`serve.encoder.Encoder` in torch. A run's encoder_id is that of its fp32 export."""
 
-    def __init__(self, encoder: Encoder, manifest: Manifest, *, batch_size: int = 256) -> None:
-        self.manifest = manifest
+    def __init__(self, encoder: Encoder, manifest: Manifest, *, batch_size: int = 256, unit: bool = True) -> None:
+        """`unit` false: plain features, for what has to add them up before they are normalised."""
+        self.manifest, self.encoder_id = manifest, manifest.encoder_id if unit else f"{manifest.encoder_id}-plain"
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = UnitEncoder(encoder).to(self._device).eval()
+        self._model = UnitEncoder(encoder, unit=unit).to(self._device).eval()
         self._batch_size = batch_size
-
-    @property
-    def encoder_id(self) -> str:
-        """Who made the vectors."""
-        return self.manifest.encoder_id
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
@@ -42,9 +38,9 @@ class TorchEncoder:
         return vectors
 
 
-def open_run(run: Path) -> TorchEncoder:
+def open_run(run: Path, *, unit: bool = True) -> TorchEncoder:
     """The encoder of a finished run. Raises: ContractError."""
-    return TorchEncoder(*load_encoder(run))
+    return TorchEncoder(*load_encoder(run), unit=unit)
 
 
 def untrained(manifest: Manifest, images_NHWC: NDArray[np.uint8], seed: int = 0) -> TorchEncoder:

@@ -100,7 +100,8 @@ def newest(index: Path, catalog: Catalog) -> Base | None:
 def open_base(folder: Path, catalog: Catalog) -> Base:
     """Map a base. Raises: OSError, ValueError, KeyError, TypeError, RuntimeError if it cannot be trusted."""
     header, files = _read_header(folder)
-    if header.dim != catalog.facts.embedding_dim or not catalog.has_change(header.change):
+    facts = catalog.facts
+    if header.dim != facts.embedding_dim or header.seq < facts.since or not catalog.has_change(header.change):
         raise ValueError("belongs to another gallery, or to another past of this one")
     for name, known in files.items():
         path = folder / name

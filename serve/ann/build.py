@@ -1,4 +1,4 @@
-"""Writing a base: from the catalog, or from the base before and what came since. Memory does not grow with the gallery."""
+"""Writing a base: from the catalog, or from the base before and what came since. In memory is the index alone."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ K = 10
 _TIMED_QUERIES = 50
 _SATURATED = 0.001
 """Looking harder is worth measuring as long as it finds so much more."""
-_NEARLY = 2.0
+_NEARLY = 1.25
 """Kinds whose cost is within this factor of the least compete by size."""
 
 

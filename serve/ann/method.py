@@ -47,7 +47,9 @@ def cells_for(count: int) -> int:
 
 def keys_for(cells: int, dim: int) -> list[str]:
     """The indexes worth measuring for rows of `dim` numbers in so many cells."""
-    lists = f"IVF{cells}" + ("_HNSW32" if cells > 1024 else "")  # so many centres are searched by a graph themselves
+    lists = f"IVF{cells}"
+    if cells > 1024 and dim % 2 == 0:  # so many centres are searched by codes, and the best scored exactly
+        lists += f"(PQ{dim // 2}x4fs,RFlat)"
     codes = ["Flat", "SQ8", "RaBitQ"]
     if dim % 4 == 0:
         codes += [f"PQ{dim // 4}x4fs", f"PQ{dim // 4}x4fsr"]  # of the vectors, and of their difference from the centre
@@ -74,9 +76,10 @@ def trained(key: str, centres: NDArray[np.float32], sample_ND: NDArray[np.float3
     if key == GRAPH:
         index.hnsw.efConstruction = 100
         return index
-    quantizer = faiss.downcast_index(index.quantizer)
-    if isinstance(quantizer, faiss.IndexHNSW):
-        quantizer.hnsw.efConstruction, quantizer.hnsw.efSearch = 100, 24
+    quantizer: Faiss = faiss.downcast_index(index.quantizer)
+    if isinstance(quantizer, faiss.IndexRefine):
+        quantizer.k_factor = 12
+    quantizer.train(centres)
     quantizer.add(centres)
     index.train(sample_ND)
     return index
@@ -108,6 +111,20 @@ def lists_beside(index: Faiss, centres: NDArray[np.float32]) -> Faiss:
     quantizer.this.disown()
     lists.nprobe = 2 * index.nprobe if has_cells(index) else 16
     return lists
+
+
+def rescored(index: Faiss, vectors_ND: NDArray[np.float32], fetch: int) -> Faiss:
+    """An index that scores the best candidates of `index`, so many for each result, by the vectors themselves."""
+    if fetch == 1:
+        return index
+    flat: Faiss = faiss.IndexFlatIP(index.d)
+    # FAISS has no call for this: the flat index is told where the vectors lie instead of being given a copy.
+    codes, start, size = flat.codes, faiss.swig_ptr(vectors_ND.view(np.uint8)), vectors_ND.nbytes
+    codes.is_owned, codes.view_data, codes.view_size, codes.c_ptr, codes.c_size = False, start, size, start, size
+    flat.ntotal = len(vectors_ND)
+    refined: Faiss = faiss.IndexRefine(index, flat)
+    refined.k_factor = fetch
+    return refined
 
 
 def bytes_of(index: Faiss) -> int:

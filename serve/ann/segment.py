@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self, TypeAlias
 
 import faiss
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.ann.cells import Cells, Pool, nearest_centres
-from serve.ann.method import Faiss, Method, lists_beside
+from serve.ann.method import Faiss, Method, lists_beside, rescored
 
 Found: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Scores (Q, n) and rows or ids (Q, n)."""
@@ -73,6 +74,10 @@ class Segment:
         here: NDArray[np.int64] = rows[(self.ids[rows] == ids) & self.alive[rows]]
         return here
 
+    @cached_property
+    def _finder(self) -> Faiss:
+        return rescored(self.ann, self.vectors, self.method.fetch)
+
     def living(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids and vectors of the live rows."""
         return self.ids[self.alive], self.vectors[self.alive]
@@ -130,17 +135,19 @@ class Segment:
         return scores, self.ids[rows]
 
     def _anywhere(self, queries_QD: NDArray[np.float32], k: int) -> Found:
-        count = min(k * self.method.fetch + min(k, self.dead), len(self.ids))
+        count = min(k + min(k, self.dead), len(self.ids))
         if self.ann is None:
             rows = faiss.knn(queries_QD, self.vectors, count, metric=faiss.METRIC_INNER_PRODUCT)[1]
-        elif 8 * count > len(self.ids):
+            scores = self._scores(queries_QD, rows)  # many queries at once are scored by BLAS, which rounds otherwise
+        elif 8 * count * self.method.fetch > len(self.ids):
             return self._among(queries_QD, k, self.pool())
         else:
-            rows = self.ann.search(queries_QD, count)[1]
+            scores, rows = self._finder.search(queries_QD, count)
         if self.dead:
-            rows[~self.alive[rows]] = -1
-        scores, rows = top(self._scores(queries_QD, rows), rows, k)
-        short = (rows < 0).any(axis=1)
+            gone = ~self.alive[rows]
+            scores[gone], rows[gone] = -np.inf, -1
+            scores, rows = top(scores, rows, k)
+        short = rows[:, -1] < 0 if not self.dead else (rows < 0).any(axis=1)
         if short.any():  # FAISS looked at too little, or too little of that is alive
             scores[short], rows[short] = self._among(queries_QD[short], k, self.pool())
         return scores, rows
@@ -204,5 +211,7 @@ def top(scores_QN: NDArray[np.float32], ids_QN: NDArray[np.int64], k: int) -> Fo
 def ranked(scores_QN: NDArray[np.float32], ids_QN: NDArray[np.int64], k: int) -> Found:
     """The `k` best columns of each line by falling score, equal ones by growing id; all of them if there are fewer."""
     scores_QN, ids_QN = top(scores_QN, ids_QN, k)
+    if (scores_QN[:, 1:] < scores_QN[:, :-1]).all():
+        return scores_QN, ids_QN
     lines, columns = np.arange(len(scores_QN))[:, None], np.lexsort((ids_QN, -scores_QN), axis=1)
     return scores_QN[lines, columns], ids_QN[lines, columns]

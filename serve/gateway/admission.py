@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.gateway.limits import Limits
 from serve.gateway.metrics import Metrics
-from serve.gateway.problems import problem
+from serve.gateway.refusal import RefusedError, content_length, refuse
 
-DROPPED_BYTES = 2**20
-"""A refused body up to this size is read and dropped, and the connection lives on; after a larger one it is closed."""
-LINGER_S = 2.0
-"""For so long an unread body is still taken off the wire: many clients look for an answer only when they have sent everything,
-and would find a closed connection in its place."""
+FREE = "/v1/info"
 
 
 class Admission:
-    """ASGI middleware. Only requests that bring work are governed: GET is free, so health and metrics answer under any load."""
+    """ASGI middleware. Only requests that bring work are governed, so health and metrics answer under any load."""
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
@@ -36,15 +31,13 @@ class Admission:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http" or scope["method"] == "GET" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/") or scope["path"] == FREE:
             await self._app(scope, receive, send)
             return
-        length = _content_length(scope)
         try:
-            await self._admit(length, scope, receive, send)
-        except _RefusedError as refused:
-            self._metrics.rejections.labels(refused.reason).inc()
-            await _refuse(refused, length, receive, send)
+            await self._admit(content_length(scope), scope, receive, send)
+        except RefusedError as refused:
+            await refuse(refused, self._metrics, scope, receive, send)
         except _ClientLeftError:
             pass
 
@@ -52,7 +45,7 @@ class Admission:
         if length is not None and length > self._limits.max_bytes:
             raise self._too_large()
         if self._held == self._limits.at_once + self._limits.waiting:
-            raise _RefusedError(429, "full", f"{self._held} requests are here already; come back in a moment", unread=True)
+            raise RefusedError(429, "full", f"{self._held} requests are here already; come back in a moment", unread=True)
         self._held += 1
         try:
             body = await self._body(receive)
@@ -75,7 +68,7 @@ class Admission:
                         raise self._too_large()
         except TimeoutError:
             slow = f"the body did not arrive within {self._limits.upload_s:g} s; send fewer pictures or smaller ones"
-            raise _RefusedError(408, "slow upload", slow, unread=True) from None
+            raise RefusedError(408, "slow upload", slow, unread=True) from None
         return bytes(body)
 
     @asynccontextmanager
@@ -89,7 +82,7 @@ class Admission:
             if left.done():
                 raise _ClientLeftError
             if not turn.done():
-                raise _RefusedError(429, "waited", f"no turn came within {self._limits.wait_s:g} s; come back in a moment")
+                raise RefusedError(429, "waited", f"no turn came within {self._limits.wait_s:g} s; come back in a moment")
             left.cancel()
             with self._metrics.inside.track_inprogress():
                 yield
@@ -111,29 +104,17 @@ class Admission:
                 await self._app(scope, receive, noting)
         except TimeoutError:
             if not started:  # else the client does not read it, and the server hangs up
-                late = f"no answer within {self._limits.answer_s:g} s; is the encoder stuck?"
-                raise _RefusedError(503, "no answer", late) from None
+                stuck = "is the encoder or the gallery stuck? A write may still be done"
+                late = f"no answer within {self._limits.answer_s:g} s; {stuck}"
+                raise RefusedError(503, "no answer", late) from None
 
-    def _too_large(self) -> _RefusedError:
+    def _too_large(self) -> RefusedError:
         most = f"at most {self._limits.max_bytes:,} bytes are accepted; send fewer pictures or smaller ones"
-        return _RefusedError(413, "too large", most, unread=True)
-
-
-class _RefusedError(Exception):
-    """A request that gets no answer of a route."""
-
-    def __init__(self, status: int, reason: str, detail: str, *, unread: bool = False) -> None:
-        self.status, self.reason, self.detail, self.unread = status, reason, detail, unread
+        return RefusedError(413, "too large", most, unread=True)
 
 
 class _ClientLeftError(Exception):
     """Nobody is there to be answered."""
-
-
-def _content_length(scope: Scope) -> int | None:
-    """None: the body comes in chunks. The server has refused what is not a number."""
-    text = Headers(scope=scope).get("content-length")
-    return int(text) if text is not None else None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -144,19 +125,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return next(messages, None) or await receive()
 
     return next_message
-
-
-async def _refuse(refused: _RefusedError, length: int | None, receive: Receive, send: Send) -> None:
-    """Answer at once and in full, then let the client finish sending, so that it sees the answer."""
-    response = problem(refused.status, refused.detail)
-    headers = list(response.raw_headers)
-    if refused.unread and (length is None or length > DROPPED_BYTES):
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": response.body, "more_body": refused.unread})
-    if refused.unread:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):
-                while (await receive()).get("more_body", False):
-                    pass
-        await send({"type": "http.response.body", "body": b""})

@@ -54,6 +54,13 @@ class Batcher:
         """As `serve.encoder.embed_each`: one answer per picture, in order. Raises: what the encoder raises."""
         return await asyncio.gather(*map(self._vector_or_error, pictures))
 
+    async def embed(self, picture: bytes) -> NDArray[np.float32]:
+        """The unit vector (D,) of one picture. Raises: ImageError, and what the encoder raises."""
+        answer = await self._vector_or_error(picture)
+        if isinstance(answer, ImageError):
+            raise answer
+        return answer
+
     async def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The unit vector (D,) of a prepared picture (H, W, 3). Raises: what the encoder raises."""
         job = _Job(pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from contextlib import suppress
 
@@ -29,6 +30,8 @@ def serve_api(api: FastAPI, *, host: str = HOST, port: int = 7861) -> None:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DRAIN_S,
     )
+    for strangers in ("python_multipart", "uvicorn.error"):  # who sends broken requests must not fill our log
+        logging.getLogger(strangers).setLevel(logging.ERROR)
     with suppress(KeyboardInterrupt), stopped_by_sigterm(), _listen(host, port) as listener:
         address = f"[{host}]" if ":" in host else host
         print(f"the API is at http://{address}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-STAGES = ("line", "decode", "queue", "infer")
-"""In line for admission; decoding; waiting for the encoder to come free; in the encoder."""
+STAGES = ("line", "decode", "queue", "infer", "search")
+"""In line for admission; decoding; waiting for the encoder to come free; in the encoder; in the gallery's index."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _PICTURES = (1, 2, 4, 8, 16, 32)
 CLIENT_LEFT = 499
@@ -27,7 +29,14 @@ class Metrics:
         self.queued = Gauge("simclr_pictures_queued", "Decoded, and not yet sent to the encoder.", registry=self.registry)
         self.batches = Histogram("simclr_batch_pictures", "Pictures a batch.", buckets=_PICTURES, registry=self.registry)
         stage = Histogram("simclr_stage_seconds", "Seconds by stage.", ["stage"], buckets=_SECONDS, registry=self.registry)
-        self.line_s, self.decode_s, self.queue_s, self.infer_s = (stage.labels(name) for name in STAGES)
+        self.line_s, self.decode_s, self.queue_s, self.infer_s, self.search_s = (stage.labels(name) for name in STAGES)
+        self.gallery_items = Gauge("simclr_gallery_items", "Items of the gallery.", registry=self.registry)
+        self.recall = Gauge(
+            "simclr_recall_at_10",
+            "Share of the 10 nearest that the index finds, lately.",
+            registry=self.registry,
+        )
+        self.recall.set(math.nan)
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -12,19 +11,25 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
-from serve.errors import EncoderMismatch, EncoderUnavailable, GalleryError, SimclrError
+from serve.errors import EncoderMismatch, EncoderUnavailable, GalleryError, Reembedded, SimclrError
 from serve.preprocess import ImageError
+from serve.sources import printable
 
 MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[Exception], int] = {
     ImageError: 422,
     EncoderMismatch: 409,
     EncoderUnavailable: 503,
-    GalleryError: 400,
+    Reembedded: 409,
+    GalleryError: 503,
     SimclrError: 500,
 }
 """The nearest class of an error's ancestry counts."""
+_ANYWHERE = (401, 403, 408, 413, 429, 500, 503)
+PICTURE_PROBLEMS = (400, 409, 415, 422)
+ITEM_PROBLEMS = (404, 422)
 RETRY_AFTER_S = 1
 """After 429 and 503. The line is short: whoever comes back so soon has a fair chance."""
 
@@ -38,8 +43,8 @@ class Problem(BaseModel):
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """The answer that tells of a problem."""
-    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
+    """The answer that tells of a problem, in one line whatever came in."""
+    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=" ".join(printable(detail).split()))
     retry = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
     return Response(body.model_dump_json(), status, headers={**retry, **(headers or {})}, media_type=MEDIA_TYPE)
 
@@ -53,21 +58,37 @@ def add_problem_handlers(api: FastAPI) -> None:
     api.add_exception_handler(Exception, _unknown)
 
 
-def documented(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of the problems that a route answers."""
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of these problems."""
     schema = Problem.model_json_schema()
     return {
-        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}} for status in statuses
+        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
+        for status in sorted(statuses)
     }
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of the problems of a route that may want a key: these, and those that can come anywhere."""
+    return problems(*_ANYWHERE, *statuses)
 
 
 async def _ours(_: Request, error: Exception) -> Response:
     return problem(next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), str(error))
 
 
-async def _http(_: Request, error: Exception) -> Response:
+async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return problem(error.status_code, error.detail, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of the first route alone
+        headers["Allow"] = ", ".join(_methods(request))
+    return problem(error.status_code, error.detail, headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What may be done at this path."""
+    scopes = {method: {**request.scope, "method": method} for method in ("DELETE", "GET", "PATCH", "POST", "PUT")}
+    routes = request.app.routes
+    return [method for method, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

@@ -10,26 +10,20 @@ from starlette.requests import Request
 
 FIELD = "images"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-PICTURES_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "description": f"One encoded picture (JPEG, PNG, WebP, ...), or a form with one or more files named `{FIELD}`.",
-        "content": {
-            "image/jpeg": _BINARY,
-            "image/png": _BINARY,
-            "image/*": _BINARY,
-            "application/octet-stream": _BINARY,
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {FIELD: {"type": "array", "minItems": 1, "items": _BINARY["schema"]}},
-                    "required": [FIELD],
-                }
-            },
-        },
-    }
-}
+
+
+def _body(description: str, most: int | None) -> dict[str, Any]:
+    files = {"type": "array", "minItems": 1, "items": _BINARY["schema"]} | ({} if most is None else {"maxItems": most})
+    form = {"type": "object", "properties": {FIELD: files}, "required": [FIELD]}
+    raw = dict.fromkeys(("image/jpeg", "image/png", "image/*", "application/octet-stream"), _BINARY)
+    content = {**raw, "multipart/form-data": {"schema": form}}
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
+PICTURES_BODY = _body(f"One encoded picture (JPEG, PNG, WebP, ...), or a form with one or more files named `{FIELD}`.", None)
 """What OpenAPI says of `read_pictures`."""
+PICTURE_BODY = _body(f"One encoded picture (JPEG, PNG, WebP, ...), or a form with one file named `{FIELD}`.", 1)
+"""What OpenAPI says of `read_picture`."""
 
 
 async def read_pictures(request: Request, *, most: int) -> list[bytes]:
@@ -44,3 +38,9 @@ async def read_pictures(request: Request, *, most: int) -> list[bytes]:
     if not pictures:
         raise HTTPException(400, f"the form has no file named {FIELD}; send one picture or more under that name")
     return pictures
+
+
+async def read_picture(request: Request) -> bytes:
+    """The only picture. Raises: HTTPException 400, 415."""
+    (picture,) = await read_pictures(request, most=1)
+    return picture

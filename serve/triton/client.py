@@ -94,7 +94,7 @@ class TritonEncoder:
         if found != self.encoder_id:
             raise EncoderMismatch(
                 f"{self.url}: {server.address} has encoder {found} now, this client began with {self.encoder_id}; "
-                "open it anew, and a gallery of the old one's vectors with `simclr gallery add NEW --images SRC --encoder ENC`"
+                "open it anew, and change a gallery of the old one's vectors over: simclr gallery reembed GALLERY --encoder ENC"
             )
         named = config.get("version_policy", {}).get("specific", {}).get("versions", [])
         self._versions[server.address, role] = str(max(map(int, named), default=""))

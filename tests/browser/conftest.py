@@ -92,7 +92,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         gallery.add(images.gallery)
         gallery.add([hostile_sample(images.gallery[0], folder)])
         environment.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        blocks = build_app(gallery, encoder, head=random_head(encoder.encoder_id), encoder_spec="model_repository")
+        blocks = build_app(gallery, encoder, heads={"head": random_head(encoder.encoder_id)}, encoder_spec="model_repository")
         url = serve_app(blocks, port=free_port(), wait=False)
         yield Served(url, gallery, folder / "demo", images.query[0])
         blocks.close(verbose=False)

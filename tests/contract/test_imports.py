@@ -1,4 +1,4 @@
-"""cli, app -> export -> train -> serve, and no torch where a server runs. import-linter reads packages only; this, all."""
+"""cli, commands, app -> export -> train -> serve, and no torch where a server runs. import-linter reads packages only; this, all."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS = ("cli", "app", "export", "train", "serve")
+OURS = ("cli", "commands", "app", "export", "train", "serve")
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "tensorboard")
 IN_TRITON = "serve/triton/onnxruntime_backend.py"
 """Runs inside Triton, whose own module it imports."""
@@ -82,28 +82,28 @@ def test_the_wall_of_that_test_stands():
 
 @pytest.mark.parametrize("path", sources("serve"), ids=module_name)
 def test_serve_is_the_leaf(path):
-    assert not tops(path, at_run_time_only=False) & {"cli", "app", "export", "train", *HEAVY}
+    assert not tops(path, at_run_time_only=False) & {"cli", "commands", "app", "export", "train", *HEAVY}
 
 
 @pytest.mark.parametrize("path", sources("train"), ids=module_name)
 def test_train_knows_serve_alone(path):
-    assert not tops(path) & {"cli", "app", "export"}
+    assert not tops(path) & {"cli", "commands", "app", "export"}
 
 
 @pytest.mark.parametrize("path", sources("export"), ids=module_name)
 def test_export_knows_train_and_serve(path):
-    assert "cli" not in tops(path)
+    assert not tops(path) & {"cli", "commands"}
     eager = {name.split(".")[0] for name, lazy in imports(path) if not lazy}
     assert "app" not in eager
     assert "app" not in tops(path) or path.name == "demo.py", "the demo alone opens the web page, and late"
 
 
 def test_the_app_knows_serve_alone():
-    assert not tops(ROOT / "app.py", at_run_time_only=False) & {"cli", "export", "train", *HEAVY}
+    assert not tops(ROOT / "app.py", at_run_time_only=False) & {"cli", "commands", "export", "train", *HEAVY}
 
 
 def test_the_command_line_imports_its_stages_late():
-    eager = {name for name, lazy in imports(ROOT / "cli.py") if not lazy}
+    eager = {name for path in [ROOT / "cli.py", *sources("commands")] for name, lazy in imports(path) if not lazy}
     ours = {name for name in eager if name.split(".")[0] in OURS}
     stages = {name for name in ours if name.startswith(("train", "export", "app"))}
     assert all(name.split(".")[:2] == ["train", "config"] for name in stages)
@@ -122,7 +122,7 @@ def test_what_travels_to_triton_needs_numpy_and_pillow():
 
 
 def test_nothing_is_unpickled():
-    for path in [*sources("serve", "train", "export"), ROOT / "app.py", ROOT / "cli.py"]:
+    for path in [*sources("serve", "train", "export", "commands"), ROOT / "app.py", ROOT / "cli.py"]:
         text = path.read_text()
         calls = [ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
         for call in calls:
@@ -136,7 +136,7 @@ def test_nothing_is_unpickled():
 def test_every_module_is_installed():
     """Flat packages are listed by hand; one that is forgotten works here and nowhere else."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {module.parent.relative_to(ROOT) for module in sources("serve", "train", "export")}
+    folders = {module.parent.relative_to(ROOT) for module in sources("serve", "train", "export", "commands")}
     assert set(settings["packages"]) == {folder.as_posix().replace("/", ".") for folder in folders}
     assert {*settings["packages"], *settings["py-modules"]} >= set(OURS)
     assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from serve.triton_runtime import runtime_folder
+from serve.triton.runtime import runtime_folder
 
 
 def pytest_runtest_setup(item):

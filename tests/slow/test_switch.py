@@ -87,7 +87,7 @@ def test_no_request_fails_and_no_answer_is_mixed(tmp_path):
             lambda: began.embed([PIXELS[0]]),
             lambda: began.classify_bytes([good()]),
         ):
-            with pytest.raises(EncoderMismatch, match=f"{began.encoder_id}.*simclr gallery add"):
+            with pytest.raises(EncoderMismatch, match=f"{began.encoder_id}.*simclr gallery reembed"):
                 ask()
         np.testing.assert_allclose(TritonEncoder(server.url).embed_bytes([good()]), vectors[2][0], atol=1e-6)
         time.sleep(0.7)
@@ -117,7 +117,7 @@ def test_a_gallery_of_the_old_encoder_is_refused_after_the_switch(tmp_path):
         with Gallery.open(str(tmp_path / "gallery"), open_encoder(server.url), create=True) as gallery:
             gallery.add([Sample(str(tmp_path / "a.png"))])
         publish(tmp_path, 1, changed_on(server.http_url))
-        with pytest.raises(EncoderMismatch, match=r"simclr gallery add"):
+        with pytest.raises(EncoderMismatch, match=r"simclr gallery reembed"):
             Gallery.open(str(tmp_path / "gallery"), open_encoder(server.url))
 
 

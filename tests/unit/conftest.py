@@ -1,3 +1,4 @@
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from serve.contract import Manifest, Preprocess, TensorSpec
+from serve.gallery import Gallery
 from serve.pictures import Picture, prepare_batch
 from serve.sources import Sample
 
@@ -51,6 +53,28 @@ def toy_encoder() -> ToyEncoder:
 @pytest.fixture
 def other_encoder() -> ToyEncoder:
     return ToyEncoder("other", seed=1)
+
+
+@pytest.fixture(scope="module")
+def milvus_lite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a file of Milvus Lite that stays open, for a collection per test: it starts slowly."""
+    pytest.importorskip("pymilvus", reason="pymilvus is not installed (the extra `scale`)")
+    pytest.importorskip("milvus_lite", reason="Milvus Lite is not installed (the extra `scale`)")
+    address = f"milvus-lite://{tmp_path_factory.mktemp('milvus')}/galleries.db"
+    with Gallery.open(address, ToyEncoder(), create=True):
+        yield address
+
+
+@pytest.fixture
+def milvus_address(milvus_lite: str) -> str:
+    """Where no gallery is yet."""
+    return f"{milvus_lite}#test_{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["folder", pytest.param("milvus", marks=pytest.mark.milvus)])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where no gallery is yet, of either kind."""
+    return str(tmp_path / "gallery") if request.param == "folder" else request.getfixturevalue("milvus_address")
 
 
 @pytest.fixture

@@ -7,16 +7,17 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from serve.gateway.admission import DROPPED_BYTES, Admission
+from serve.gateway.admission import Admission
 from serve.gateway.limits import Limits
 from serve.gateway.metrics import Metrics
+from serve.gateway.refusal import DROPPED_BYTES
 
 
 class Request:
     """One request whose body arrives, and whose client leaves, when the test says so."""
 
     def __init__(self, door, body=b"picture", *, length=None, method="POST", path="/v1/embed"):
-        headers = [] if length is None else [(b"content-length", str(length).encode())]
+        headers = [(b"transfer-encoding", b"chunked") if length is None else (b"content-length", str(length).encode())]
         scope = {"type": "http", "method": method, "path": path, "headers": headers}
         self.incoming = asyncio.Queue()
         if body is not None:
@@ -149,13 +150,15 @@ async def test_first_come_first_served_and_every_place_is_used_again():
 
 
 @scenario
-async def test_get_is_free_and_so_is_what_is_not_ours():
+async def test_what_is_no_work_is_free():
     async with room(at_once=1, waiting=0) as here:
         await here.fill(1)
-        health, work = Request(here.door, method="GET"), Request(here.door, method="PUT")
+        free = [Request(here.door, method="GET", path=path) for path in ("/v1/info", "/metrics", "/health/live")]
+        work = [Request(here.door, method="PUT"), Request(here.door, b"", length=0, method="GET", path="/v1/items")]
         Request(here.door, b"page", path="/gradio_api/queue/join")
         await settle()
-        assert (health.status, work.status) == (200, 429)
+        assert [request.status for request in (*free, *work)] == [200, 200, 200, 429, 429]
+        assert b"connection" not in work[1].headers, "there was no body to read"
         assert b"page" in here.inside
 
 
@@ -279,7 +282,7 @@ def test_small_refused_bodies_are_dropped_and_the_connection_is_kept(length, kep
 
 
 def test_who_refuses_does_not_wait_for_ever_for_the_rest_of_a_body(monkeypatch):
-    monkeypatch.setattr("serve.gateway.admission.LINGER_S", 0.02)
+    monkeypatch.setattr("serve.gateway.refusal.LINGER_S", 0.02)
 
     async def test():
         async with room(at_once=1, waiting=0) as here:

@@ -6,23 +6,21 @@ import json
 import re
 import resource
 import time
-from contextlib import asynccontextmanager
 
-import httpx
 import numpy as np
 import pytest
 from fastapi.openapi.models import OpenAPI
 
-from serve.api import ClassifyAnswer, EmbedAnswer, create_api
+from serve.api import create_api
 from serve.encoder import OnnxEncoder
-from serve.errors import ContractError, EncoderMismatch, EncoderUnavailable, GalleryError, SimclrError
+from serve.errors import ContractError, EncoderMismatch, EncoderUnavailable, GalleryError, Reembedded, SimclrError
 from serve.gateway import canary
 from serve.gateway.limits import Limits
+from serve.gateway.pictures import ClassifyAnswer, EmbedAnswer
+from tests.asgi_client import PNG, ask, client, form, problem
 from tests.bad_images import accepted, good, refused
 from tests.gated_encoder import GatedEncoder
 from tests.toy_encoder import DIM, toy_head, write_toy_encoder
-
-PNG = {"content-type": "image/png"}
 
 
 @pytest.fixture(scope="module")
@@ -37,41 +35,8 @@ def gated(tmp_path):
     encoder.let(10_000)  # no thread of it waits for ever
 
 
-def ask(api, *calls):
-    """The answers to requests that are made one after the other."""
-
-    async def run():
-        async with client(api) as http:
-            return [await call(http) for call in calls]
-
-    answers = asyncio.run(run())
-    return answers[0] if len(answers) == 1 else answers
-
-
-@asynccontextmanager
-async def client(api):
-    transport = httpx.ASGITransport(api, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
-        yield http
-
-
-def form(*pictures):
-    return [("images", (f"{number}.png", picture)) for number, picture in enumerate(pictures)]
-
-
 def vectors(answer):
     return np.array([result["embedding"] for result in answer.json()["results"]], np.float32)
-
-
-def problem(answer, status):
-    """The detail of a problem, which is one line."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    found = answer.json()
-    assert set(found) == {"title", "status", "detail"}
-    assert found["status"] == status
-    assert "\n" not in found["detail"]
-    return found["detail"]
 
 
 async def until(condition):
@@ -141,7 +106,7 @@ def test_classify(encoder):
     (wanted,) = head.probabilities(encoder.embed([good(0)]))
     answer, bad, without = (
         *ask(
-            create_api(encoder, head=head),
+            create_api(encoder, heads={"toy": head}),
             lambda http: http.post("/v1/classify", files=form(good(0), b"junk")),
             lambda http: http.post("/v1/classify", content=b"junk", headers=PNG),
         ),
@@ -157,7 +122,7 @@ def test_classify(encoder):
 
 def test_a_head_of_another_encoder(encoder):
     with pytest.raises(EncoderMismatch, match="fit-head"):
-        create_api(encoder, head=toy_head("another"))
+        create_api(encoder, heads={"other": toy_head("another")})
 
 
 def test_info(encoder):
@@ -203,7 +168,8 @@ def test_a_body_in_chunks_is_limited_too(encoder):
     [
         (EncoderUnavailable("no answer"), 503),
         (EncoderMismatch("another encoder"), 409),
-        (GalleryError("no such gallery"), 400),
+        (GalleryError("no such gallery"), 503),
+        (Reembedded("another encoder now"), 409),
         (ContractError("refused"), 500),
         (SimclrError("something"), 500),
     ],
@@ -263,7 +229,7 @@ def test_metrics(encoder):
         'simclr_rejections_total{reason="too large"}': 1,
         'simclr_pictures_total{outcome="embedded"}': 2,
         'simclr_pictures_total{outcome="unreadable"}': 1,
-        'simclr_stage_seconds_count{stage="line"}': 1,
+        'simclr_stage_seconds_count{stage="line"}': 2,
         'simclr_stage_seconds_count{stage="decode"}': 3,
         'simclr_stage_seconds_count{stage="queue"}': 2,
         "simclr_batch_pictures_sum": 2,
@@ -277,7 +243,7 @@ def test_metrics(encoder):
 
 
 def test_openapi(encoder):
-    api = create_api(encoder, head=toy_head(encoder.encoder_id))
+    api = create_api(encoder, heads={"toy": toy_head(encoder.encoder_id)})
     document = ask(api, lambda http: http.get("/openapi.json")).json()
     OpenAPI.model_validate(document)
     assert {"/v1/embed", "/v1/classify", "/v1/info", "/health/live", "/health/ready", "/metrics"} == set(document["paths"])

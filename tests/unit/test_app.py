@@ -35,13 +35,13 @@ def desk(tmp_path, toy_encoder, pictures, toasts) -> Iterator[Desk]:
     )
     with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
         gallery.add(pictures(20))
-        yield Desk(gallery, toy_encoder, head)
+        yield Desk(gallery, toy_encoder, {"toy": head})
 
 
 def test_no_query_gives_a_hint(desk):
     assert app.SEARCH_HINT in desk.search(None, 5)
     assert app.REID_HINT in desk.rank(None, 5, None, None, False)
-    assert desk.classify(None)[0] is None
+    assert desk.classify(None, "toy")[0] is None
     assert desk.preview(None) is None
 
 
@@ -75,17 +75,17 @@ def test_rank_marks_and_same_camera_rule(desk):
 
 def test_classify(desk):
     item = desk.gallery.items()[0]
-    chances, message = desk.classify(item.source)
+    chances, message = desk.classify(item.source, "toy")
     assert set(chances) == {"a", "b", "c"}
     assert sum(chances.values()) == pytest.approx(1)
-    assert desk.classify(item.id)[0] == pytest.approx(chances, abs=1e-5)
+    assert desk.classify(item.id, "toy")[0] == pytest.approx(chances, abs=1e-5)
     assert Path(item.source).name in message
 
 
 def test_bad_picture_is_explained_by_its_name(desk, tmp_path, toasts):
     bad = tmp_path / "bad<i>.png"
     bad.write_bytes(b"not a picture")
-    for answer in (desk.search(str(bad), 5), desk.rank(str(bad), 5, None, None, False), desk.classify(str(bad))[1]):
+    for answer in (desk.search(str(bad), 5), desk.rank(str(bad), 5, None, None, False), desk.classify(str(bad), "toy")[1]):
         assert "bad&lt;i&gt;.png: not a readable picture" in answer
         assert str(tmp_path) not in answer
         assert "sc-problem" in answer
@@ -103,7 +103,7 @@ def test_bad_filter_and_dead_server_are_explained(desk, monkeypatch):
 
     monkeypatch.setattr(desk.encoder, "embed", unavailable)
     assert "does not answer" in desk.search(item.source, 5)
-    assert "does not answer" in desk.classify(item.source)[1]
+    assert "does not answer" in desk.classify(item.source, "toy")[1]
 
 
 def test_removed_item_is_explained(desk):
@@ -160,13 +160,13 @@ def test_examples_show_somebody(desk, tmp_path, pictures):
 
 def test_empty_gallery_still_builds(tmp_path, toy_encoder):
     with Gallery.open(tmp_path / "empty", toy_encoder, create=True) as gallery:
-        labels = tab_labels(build_app(gallery, toy_encoder, head=None, encoder_spec="model_repository"))
+        labels = tab_labels(build_app(gallery, toy_encoder, heads={}, encoder_spec="model_repository"))
     assert labels == ["Search"]
 
 
 def test_tabs_follow_what_there_is(desk):
     everything = build_app(
-        desk.gallery, desk.encoder, head=desk.head, encoder_spec="http://127.0.0.1:8000/simclr", notice="a < b"
+        desk.gallery, desk.encoder, heads=desk.heads, encoder_spec="http://127.0.0.1:8000/simclr", notice="a < b"
     )
     assert tab_labels(everything) == ["Search", "Re-ID", "Classify"]
     texts = [str(block.value) for block in everything.blocks.values() if isinstance(block, app.gr.HTML)]
@@ -183,13 +183,13 @@ def test_head_of_another_encoder_is_refused(desk, other_encoder, tmp_path):
         Gallery.open(tmp_path / "others", other_encoder, create=True) as gallery,
         pytest.raises(EncoderMismatch, match="fit-head"),
     ):
-        build_app(gallery, other_encoder, head=desk.head, encoder_spec="model_repository")
+        build_app(gallery, other_encoder, heads=desk.heads, encoder_spec="model_repository")
 
 
 def test_uploads_arrive_untouched(desk, tmp_path):
     path = tmp_path / "anything.jpg"
     path.write_bytes(b"not a picture")
-    blocks = build_app(desk.gallery, desk.encoder, head=desk.head, encoder_spec="model_repository").blocks.values()
+    blocks = build_app(desk.gallery, desk.encoder, heads=desk.heads, encoder_spec="model_repository").blocks.values()
     pictures = [block for block in blocks if isinstance(block, app.gr.Image)]
     assert len(pictures) == 3
     for picture in pictures:

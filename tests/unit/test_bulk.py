@@ -13,12 +13,11 @@ import pytest
 from PIL import Image
 
 import serve.files
-from serve.bulk import add_pictures, embed_samples, embed_to_parquet, evaluate_reid
+from serve.bulk import add_pictures, embed_samples, embed_to_parquet
 from serve.bulk_local import embed_here
 from serve.contract import METADATA_KEY, Manifest
 from serve.errors import EncoderUnavailable, SimclrError, SourceError
 from serve.gallery import Gallery
-from serve.metrics import evaluate_ranking
 from serve.sources import Sample, open_source
 
 
@@ -34,6 +33,7 @@ SCHEMA = {
     "identity": pa.string(),
     "camera": pa.string(),
     "time": pa.float64(),
+    "track": pa.string(),
     "vector": pa.list_(pa.float32(), 16),
 }
 
@@ -301,60 +301,3 @@ def test_the_quarantine_of_a_gallery_holds_all_that_is_not_in_it(tmp_path, toy_e
     with pytest.raises(SourceError, match="no list of pictures left out"):
         add("two")
     assert quarantine.read_text() == "a diary"
-
-
-@pytest.fixture
-def market(tmp_path):
-    """A root in Market-1501's layout: 3 people, 3 cameras, junk and distractors."""
-    root = tmp_path / "market"
-    for person in range(3):
-        for camera in range(1, 4):
-            draw(root / "bounding_box_test" / f"000{person + 1}_c{camera}s1_00000{camera}_00.jpg", 10 * person + camera)
-        draw(root / "query" / f"000{person + 1}_c1s1_000009_00.jpg", 100 + person)
-    draw(root / "bounding_box_test" / "-1_c1s1_000001_00.jpg", 50)
-    draw(root / "bounding_box_test" / "0000_c2s1_000001_00.jpg", 51)
-    return root
-
-
-def test_a_reid_report_is_the_protocol_over_the_sets_distances(market, toy_encoder):
-    images = open_source(market)
-    queries, gallery = (toy_encoder.embed([s.source for s in part]) for part in (images.query, images.gallery))
-    wanted = evaluate_ranking(
-        -(queries.astype(np.float64) @ gallery.T),
-        [s.identity for s in images.query],
-        [s.identity for s in images.gallery],
-        [s.camera for s in images.query],
-        [s.camera for s in images.gallery],
-    )
-    report = evaluate_reid(toy_encoder, str(market))
-    assert report == {
-        "rank1": pytest.approx(wanted.cmc[0]),
-        "rank5": pytest.approx(wanted.cmc[4]),
-        "rank10": pytest.approx(wanted.cmc[9]),
-        "map_step": pytest.approx(wanted.map_step),
-        "map_trapezoid": pytest.approx(wanted.map_trapezoid),
-        "minp": pytest.approx(wanted.minp),
-        "queries": 3,
-        "without_match": 0,
-        "gallery": 11,
-        "unreadable": 0,
-        "encoder_id": toy_encoder.encoder_id,
-    }
-    assert 0 < report["map_trapezoid"] <= report["map_step"] < 1
-
-
-def test_a_reid_report_counts_what_it_could_not_read(market, toy_encoder):
-    (market / "query" / "0002_c1s1_000009_00.jpg").write_text("no picture")
-    (market / "bounding_box_test" / "0003_c3s1_000003_00.jpg").write_bytes(b"")
-    report = evaluate_reid(toy_encoder, str(market))
-    assert (report["queries"], report["gallery"], report["unreadable"]) == (2, 10, 2)
-
-
-def test_what_is_no_reid_set(tmp_path, market, toy_encoder):
-    draw(tmp_path / "pictures" / "a.png")
-    with pytest.raises(SourceError, match="no re-ID set; wanted the folders query and bounding_box_test"):
-        evaluate_reid(toy_encoder, str(tmp_path / "pictures"))
-    for path in (market / "bounding_box_test").glob("000[123]*"):
-        path.unlink()
-    with pytest.raises(SourceError, match="none of 3 queries has a match"):
-        evaluate_reid(toy_encoder, str(market))

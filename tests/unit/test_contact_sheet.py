@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from train.contact_sheet import CELL_PX, GAP_PX, PAPER, _nearest, contact_sheet, save_contact_sheet
+from serve.contact_sheet import GAP_PX, PAPER, save_sheet
+from train.contact_sheet import CELL_PX, _nearest, contact_sheet
 
 
 def flat_pictures(count: int, height: int = 32, width: int = 32) -> NDArray[np.uint8]:
@@ -129,18 +130,18 @@ def test_what_fits_nothing_is_refused(images: NDArray[np.uint8], vectors: NDArra
 def test_it_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sheet = contact_sheet(flat_pictures(4), on_a_circle(4))
     path = tmp_path / "run" / "contact_sheet.png"
-    save_contact_sheet(path, sheet)
+    save_sheet(path, sheet)
     with Image.open(path) as read:
         assert read.format == "PNG"
         assert (np.asarray(read) == np.asarray(sheet)).all()
     before = path.read_bytes()
 
-    def half_written(self: Image.Image, target: Path, kind: str) -> None:
+    def half_written(self: Image.Image, target: Path, kind: str, quality: int) -> None:
         Path(target).write_bytes(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(Image.Image, "save", half_written)
     with pytest.raises(OSError, match="no space"):
-        save_contact_sheet(path, sheet)
+        save_sheet(path, sheet)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["contact_sheet.png"]

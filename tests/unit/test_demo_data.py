@@ -104,7 +104,7 @@ def test_a_set_of_another_spec_is_refused(small_set: Path) -> None:
         draw_demo_set(small_set, DemoSet(**{**vars(SMALL), "seed": 7}), progress=False)
 
 
-@pytest.mark.parametrize("missing", ["query/*.jpg", "patterns_train.csv"])
+@pytest.mark.parametrize("missing", ["query/*.jpg", "patterns_train.csv", "tracks.csv"])
 def test_a_set_with_a_missing_file_is_refused(tmp_path: Path, missing: str) -> None:
     out = draw_demo_set(tmp_path / "set", SMALL, progress=False)
     next(out.glob(missing)).unlink()
@@ -189,6 +189,17 @@ def test_pattern_files_name_pictures_relative_to_themselves(small_set: Path) -> 
         header, *rows = (small_set / name).read_text().splitlines()
         assert header == "path,label,identity,camera,time"
         assert all(row.startswith(FOLDERS) for row in rows)
+
+
+def test_tracks_are_those_of_a_tracker_and_tell_nobodys_identity(small_set: Path) -> None:
+    listed, known = open_source(small_set / "tracks.csv").train, open_source(small_set).train
+    assert {replace(sample, identity=None) for sample in known} == {replace(sample, track=None) for sample in listed}
+    identity = {sample.source: sample.identity for sample in known}
+    tracks: dict[str | None, set[tuple[str | None, str | None]]] = {}
+    for sample in listed:
+        tracks.setdefault(sample.track, set()).add((identity[sample.source], sample.camera))
+    assert len(tracks) == SMALL.train_identities * 4
+    assert all(len(who_and_where) == 1 for who_and_where in tracks.values())
 
 
 def test_an_identity_wears_one_pattern_and_is_in_one_pattern_file(small_set: Path) -> None:

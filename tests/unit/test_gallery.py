@@ -1,12 +1,6 @@
-import errno
-import json
-import shutil
-import signal
-import sqlite3
-import subprocess
-import sys
+"""What a gallery does, wherever it is kept."""
+
 import threading
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +9,18 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import serve.ann.build
 from serve.contract import Manifest
 from serve.errors import EncoderMismatch, GalleryError
 from serve.gallery import Gallery
 from serve.preprocess import ImageError
 from serve.sources import Sample
+from tests.gallery_items import samples_of, vectors_of
 
 
 @pytest.fixture
-def gallery(tmp_path, toy_encoder):
-    with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
+def gallery(address, toy_encoder):
+    with Gallery.open(address, toy_encoder, create=True) as gallery:
         yield gallery
-
-
-def vectors_of(count, seed=0, dim=16):
-    return np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
-
-
-def samples_of(count, prefix="s"):
-    return [
-        Sample(f"{prefix}{i}", label=f"l{i % 3}", identity=str(i % 5), camera=str(i % 2), time=float(i)) for i in range(count)
-    ]
 
 
 def test_pictures_go_in_and_are_found(gallery, pictures):
@@ -47,7 +31,8 @@ def test_pictures_go_in_and_are_found(gallery, pictures):
     assert sum(done) == 12
     for item_id, sample in zip(report.ids, samples, strict=True):
         hit, *others = gallery.search(sample.source, k=3)
-        assert (hit.id, hit.source, hit.label, hit.identity, hit.camera, hit.time) == (item_id, *vars(sample).values())
+        assert (hit.id, hit.source, hit.label) == (item_id, sample.source, sample.label)
+        assert (hit.identity, hit.camera, hit.time) == (sample.identity, sample.camera, sample.time)
         assert hit.score == pytest.approx(1, abs=1e-5)
         assert hit.score <= 1
         assert [h.score for h in (hit, *others)] == sorted((h.score for h in (hit, *others)), reverse=True)
@@ -55,7 +40,7 @@ def test_pictures_go_in_and_are_found(gallery, pictures):
     with Image.open(samples[0].source) as image:
         assert gallery.search(image, k=1)[0].id == report.ids[0]
     assert gallery.search(Path(samples[0].source).read_bytes(), k=1)[0].id == report.ids[0]
-    assert gallery.verify() == []
+    assert sound(gallery)
 
 
 def test_unreadable_pictures_are_returned_and_the_rest_goes_in(gallery, pictures, tmp_path):
@@ -116,6 +101,11 @@ def test_vectors_that_do_not_fit_are_refused_and_nothing_goes_in(gallery, vector
     with pytest.raises(GalleryError, match=complaint):
         gallery.add(samples_of(3), vectors)
     assert len(gallery) == 0
+
+
+def sound(gallery):
+    """Folders can be verified."""
+    return "://" in gallery.address or gallery.verify() == []
 
 
 CLAUSES = {
@@ -184,7 +174,7 @@ def test_remove(gallery):
         with pytest.raises(GalleryError, match="no item with id 5"):
             ask(ids[4])
     assert gallery.add(samples_of(10), vectors_of(10)).ids == (11, 12)
-    assert gallery.verify() == []
+    assert sound(gallery)
 
 
 def test_update_by_picture_and_by_vector(gallery, pictures):
@@ -197,7 +187,7 @@ def test_update_by_picture_and_by_vector(gallery, pictures):
     assert gallery.search(vectors_of(1)[0], 1)[0].id == ids[1]
     assert gallery.search(samples[0].source, 1)[0].score < 0.999
     assert len(gallery.search(vectors_of(1)[0], 10)) == 3
-    assert gallery.verify() == []
+    assert sound(gallery)
 
 
 @pytest.mark.parametrize(
@@ -314,39 +304,20 @@ def test_a_request_that_cannot_be_is_refused_in_one_line(gallery, ask, complaint
 
 def test_a_hit_that_is_removed_or_relabelled_meanwhile_gives_its_place_away(gallery, monkeypatch):
     gallery.add(samples_of(6), vectors_of(6))
-    query, ids = vectors_of(1)[0], gallery._catalog.ids
+    query, nearest = vectors_of(1)[0], gallery._store.nearest
     best = [hit.id for hit in gallery.search(query, 6)]
     for meanwhile in (lambda: gallery.remove([best[0]]), lambda: gallery.relabel([best[1]], label="other")):
         done = []
 
-        def ids_and_then(where, meanwhile=meanwhile, done=done):
-            found = ids(where)
+        def nearest_and_then(*asked, meanwhile=meanwhile, done=done):
+            found = nearest(*asked)
             if not done:
                 done.append(meanwhile())
             return found
 
-        monkeypatch.setattr(gallery._catalog, "ids", ids_and_then)
+        monkeypatch.setattr(gallery._store, "nearest", nearest_and_then)
         where = "label in (l0, l1, l2)"
         assert [hit.id for hit in gallery.search(query, 2, where)] == [hit.id for hit in gallery.search(query, 6, where)][:2]
-
-
-def test_an_index_that_holds_what_the_catalog_lacks_never_shows_it(gallery, tmp_path):
-    """Damage that a search must survive, and verify must name."""
-    gallery.add(samples_of(5), vectors_of(5))
-    with closing(sqlite3.connect(tmp_path / "gallery" / "catalog.sqlite", isolation_level=None)) as db:
-        db.execute("DELETE FROM items WHERE id = 3")
-    assert [hit.id for hit in gallery.search(vectors_of(3)[2], 9)] != []
-    assert 3 not in [hit.id for hit in gallery.search(vectors_of(3)[2], 9)]
-    assert "vector of item 3: there is no such item" in gallery.verify()
-
-
-def test_repair_derives_the_index_anew(gallery, tmp_path):
-    gallery.add(samples_of(20), vectors_of(20))
-    gallery._index._state = gallery._index._state.without(np.array([3]))
-    assert gallery.verify() == ["item 3: missing from the index"]
-    gallery.repair()
-    assert gallery.verify() == []
-    assert gallery.search(vectors_of(20)[2], 1)[0].id == 3
 
 
 def test_items_and_drop_downs(gallery):
@@ -357,36 +328,65 @@ def test_items_and_drop_downs(gallery):
     assert gallery.distinct("source")[-2:] == ["s9", "s10"]
 
 
-def test_info(gallery, tmp_path, toy_encoder):
+def test_info(gallery, toy_encoder):
     gallery.add(samples_of(5), vectors_of(5))
+    gallery.encoder_spec = "grpc://host:8001/toy"
     info = gallery.info()
     assert (info.count, info.embedding_dim, info.encoder_id, info.encoder_name) == (5, 16, toy_encoder.encoder_id, "toy")
     assert info.bytes_on_disk > 5 * 16 * 4
-    assert "5 changes not yet in index/" in info.index
-    gallery.save()
-    assert "0 changes" in gallery.info().index
-    folder = tmp_path / "gallery"
-    assert Manifest.parse((folder / "gallery.json").read_text(), "gallery.json") == toy_encoder.manifest
-    (folder / "gallery.json").write_text("spoilt")
-    Gallery.open(folder, toy_encoder).close()
-    assert json.loads((folder / "gallery.json").read_text())["encoder_id"] == toy_encoder.encoder_id
+    with Gallery.open(gallery.address) as again:
+        assert again.encoder_spec == "grpc://host:8001/toy"
+        assert Manifest.parse(again.manifest, "manifest") == toy_encoder.manifest
 
 
-def test_vectors_of_two_encoders_are_refused_with_the_repair(gallery, tmp_path, toy_encoder, other_encoder):
+def test_vectors_of_two_encoders_are_refused_with_the_repair(gallery, toy_encoder, other_encoder):
+    repair = "gallery add NEW" if "://" in gallery.address else f"gallery reembed {gallery.address}"
     for create in (False, True):
         with pytest.raises(EncoderMismatch) as caught:
-            Gallery.open(tmp_path / "gallery", other_encoder, create=create)
+            Gallery.open(gallery.address, other_encoder, create=create)
         message = str(caught.value)
         assert toy_encoder.encoder_id in message
         assert other_encoder.encoder_id in message
-        assert "simclr gallery add NEW --images" in message
+        assert f"simclr {repair} --" in message
         assert "\n" not in message
 
 
-def test_without_an_encoder_vectors_still_work(gallery, tmp_path, pictures):
+def test_a_gallery_is_made_only_when_asked_and_for_an_encoder(address, toy_encoder):
+    with pytest.raises(GalleryError, match="no such gallery; make one: simclr gallery add"):
+        Gallery.open(address, toy_encoder)
+    with pytest.raises(GalleryError, match="needs the encoder"):
+        Gallery.open(address, create=True)
+    with pytest.raises(GalleryError, match="no such gallery"):
+        Gallery.open(address)
+
+
+def test_ids_are_not_used_again_by_the_next_session_either(gallery, toy_encoder):
+    gallery.add(samples_of(5), vectors_of(5))
+    gallery.remove([4, 5])
+    gallery.close()
+    with Gallery.open(gallery.address) as again:
+        assert again.next_id == 6
+        assert again.add(samples_of(6), vectors_of(6)).ids == (6, 7, 8)
+        with pytest.raises(GalleryError, match="id 5 has been used"):
+            again.add([Sample("new")], vectors_of(1), ids={"new": 5})
+        with pytest.raises(GalleryError, match="id 3 has been used"):
+            again.add([Sample("new")], vectors_of(1), ids={"new": 3})
+        assert again.add([Sample("new")], vectors_of(1), ids={"new": 20}).ids == (20,)
+        assert again.add([Sample("newer")], vectors_of(1)).ids == (21,)
+
+
+def test_rows_are_items_with_their_vectors(crowd):
+    blocks = list(crowd.rows("camera = 1"))
+    assert [item for items, _ in blocks for item in items] == crowd.items("camera = 1")
+    for items, vectors in blocks:
+        for item, vector in zip(items, vectors, strict=True):
+            np.testing.assert_array_equal(vector, crowd.vector(item.id))
+
+
+def test_without_an_encoder_vectors_still_work(gallery, pictures):
     (sample,) = pictures(1)
     gallery.add([sample])
-    with Gallery.open(tmp_path / "gallery") as bare:
+    with Gallery.open(gallery.address) as bare:
         assert bare.search(bare.vector(1), 1)[0].source == sample.source
         bare.add([Sample("given")], vectors_of(1))
         for action in (lambda: bare.search(sample.source), lambda: bare.add([Sample("x")])):
@@ -394,89 +394,13 @@ def test_without_an_encoder_vectors_still_work(gallery, tmp_path, pictures):
                 action()
 
 
-def test_two_processes_see_each_others_changes(gallery, tmp_path):
-    """Two Gallery objects share nothing but the files, as two processes do."""
-    with Gallery.open(tmp_path / "gallery") as other:
+def test_two_handles_see_each_others_changes(gallery):
+    """Two Gallery objects share nothing but the store, as two processes do."""
+    with Gallery.open(gallery.address) as other:
         gallery.add(samples_of(3), vectors_of(3))
         assert len(other.search(vectors_of(1)[0])) == 3
         other.remove([2])
         assert [hit.id for hit in gallery.search(gallery.vector(1), where="camera = 0")] == [1, 3]
-
-
-@pytest.mark.parametrize(
-    ("prepare", "create", "complaint"),
-    [
-        (lambda path: None, False, "no such gallery; make one: simclr gallery add"),
-        (lambda path: path.write_text("x"), False, "no such gallery"),
-        (lambda path: path.write_text("x"), True, "is a file"),
-        (lambda path: path.mkdir(), False, "this is no gallery"),
-        (lambda path: (path.mkdir(), (path / "cat.jpg").touch()), True, "holds cat.jpg and no catalog"),
-        (
-            lambda path: (path.mkdir(), (path / "catalog.sqlite").touch(), (path / "gallery.json").touch()),
-            True,
-            "holds gallery.json",
-        ),
-        (lambda path: (path.mkdir(), (path / "catalog.sqlite").write_text("x" * 5000)), True, "file is not a database"),
-    ],
-)
-def test_what_is_no_gallery_is_refused_in_one_line(tmp_path, toy_encoder, prepare, create, complaint):
-    prepare(tmp_path / "g")
-    with pytest.raises(GalleryError, match=complaint) as caught:
-        Gallery.open(tmp_path / "g", toy_encoder, create=create)
-    assert "\n" not in str(caught.value)
-
-
-def test_other_kinds_of_address_are_refused(toy_encoder):
-    with pytest.raises(GalleryError, match="galleries are folders"):
-        Gallery.open("milvus://host:19530/c", toy_encoder, create=True)
-
-
-def test_a_new_gallery_needs_an_encoder(tmp_path):
-    with pytest.raises(GalleryError, match="needs the encoder"):
-        Gallery.open(tmp_path / "g", create=True)
-    assert not (tmp_path / "g").exists()
-
-
-def test_a_creation_that_broke_off_is_finished(tmp_path, toy_encoder):
-    (tmp_path / "g" / "lost+found").mkdir(parents=True)
-    (tmp_path / "g" / "catalog.sqlite").touch()
-    with Gallery.open(tmp_path / "g", toy_encoder, create=True) as gallery:
-        assert len(gallery) == 0
-
-
-def test_a_gallery_may_be_moved(gallery, tmp_path, toy_encoder):
-    gallery.add(samples_of(3), vectors_of(3))
-    gallery.close()
-    shutil.move(tmp_path / "gallery", tmp_path / "elsewhere")
-    with Gallery.open(tmp_path / "elsewhere", toy_encoder, create=True) as moved:
-        assert len(moved) == 3
-        assert "0 changes" in moved.info().index
-
-
-def test_added_and_saved_then_removed_and_not_saved(gallery, tmp_path):
-    gallery.add(samples_of(40), vectors_of(40))
-    gallery.save()
-    query = gallery.vector(7)
-    gallery.remove([7])
-    gallery.close()  # one change in forty is not worth rewriting the file
-    with Gallery.open(tmp_path / "gallery") as again:
-        assert "1 changes" in again.info().index
-        assert 7 not in [hit.id for hit in again.search(query, 40)]
-        assert again.verify() == []
-        again.rebuild()
-        assert "0 changes" in again.info().index
-
-
-def test_the_index_of_another_gallery_is_not_believed(gallery, tmp_path, toy_encoder, caplog):
-    gallery.add(samples_of(5), vectors_of(5))
-    gallery.close()
-    with Gallery.open(tmp_path / "other", toy_encoder, create=True) as other:
-        other.add(samples_of(5), vectors_of(5, seed=1))
-    shutil.copytree(tmp_path / "other" / "index", tmp_path / "gallery" / "index", dirs_exist_ok=True)
-    with Gallery.open(tmp_path / "gallery") as again:
-        assert "another gallery" in caplog.text
-        assert again.verify() == []
-        assert again.search(vectors_of(5)[2], 1)[0].source == "s2"
 
 
 def test_threads_search_while_others_add_and_remove(gallery):
@@ -508,104 +432,4 @@ def test_threads_search_while_others_add_and_remove(gallery):
             reader.join()
     assert failures == []
     assert len(gallery) == 20 + 15 * 10
-    assert gallery.verify() == []
-
-
-KILLED = """
-import sys, numpy as np
-from serve.gallery import Gallery
-from serve.sources import Sample
-
-gallery = Gallery.open(sys.argv[1])
-rng = np.random.default_rng()
-while True:
-    source = str(rng.integers(2**62))
-    vector = rng.standard_normal((1, 16)).astype(np.float32)
-    (item_id,) = gallery.add([Sample(source)], vector).ids
-    print(item_id, source, flush=True)
-    if item_id % 7 == 0:
-        gallery.save()
-    if item_id % 5 == 0:
-        gallery.remove([item_id - 1])
-        print(item_id - 1, "removed", flush=True)
-"""
-
-
-def test_kill_minus_9_loses_nothing_acknowledged(gallery, tmp_path):
-    gallery.close()
-    folder, expected = str(tmp_path / "gallery"), {}
-    for cycle in range(4):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, folder], stdout=subprocess.PIPE, text=True)
-        lines = [process.stdout.readline() for _ in range(40 + 13 * cycle)]
-        process.send_signal(signal.SIGKILL)
-        lines += process.stdout.readlines()
-        process.wait()
-        expected |= {int(line.split()[0]): line.split()[1] for line in lines if line.endswith("\n")}
-        with Gallery.open(folder) as again:
-            there = {item.id: item.source for item in again.items()}
-            for item_id, source in expected.items():
-                if source == "removed":
-                    assert item_id not in there
-                else:  # every fifth may have been removed just before the word of it got out
-                    assert there.get(item_id) == source or (item_id not in there and item_id % 5 == 4)
-            assert again.verify() == []
-            assert again.search(again.vector(max(there)), 1)[0].id == max(there)
-
-
-def full(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_full_disk_on_saving(gallery, tmp_path, monkeypatch, caplog):
-    gallery.add(samples_of(5), vectors_of(5))
-    with monkeypatch.context() as patch:
-        patch.setattr(serve.ann.build, "write_header", full)
-        with pytest.raises(GalleryError, match="No space left on device") as caught:
-            gallery.save()
-        assert "\n" not in str(caught.value)
-        gallery.close()  # tries, warns, and loses nothing
-    assert "No space left on device" in caplog.text
-    assert [path.name for path in (tmp_path / "gallery" / "index").iterdir()] == ["lock"]
-    with Gallery.open(tmp_path / "gallery") as again:
-        assert len(again) == 5
-        assert again.verify() == []
-
-
-FULL_DISK = """
-import resource, sys
-import numpy as np
-from serve.errors import GalleryError
-from serve.gallery import Gallery
-from serve.sources import Sample
-
-gallery = Gallery.open(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-rng = np.random.default_rng(0)
-try:
-    gallery.add([Sample(str(i) + "x" * 500) for i in range(5000)], rng.standard_normal((5000, 16)).astype(np.float32),
-                batch_size=50, on_batch=lambda done: print(done, flush=True))
-except GalleryError as error:
-    print(error)
-    print(len(gallery.search(np.ones(16), 5000)), "still found")
-    gallery.close()
-"""
-
-
-def test_a_full_disk_while_adding(gallery, tmp_path):
-    gallery.close()
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "gallery")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    *acknowledged, message, found = done.stdout.splitlines()
-    count = sum(map(int, acknowledged))
-    assert "is the disk full" in message
-    assert found == f"{count} still found"
-    with Gallery.open(tmp_path / "gallery") as again:
-        assert len(again) == count > 100
-        assert again.verify() == []
-        assert again.add([Sample("more")], vectors_of(1)).ids
-
-
-def test_the_index_of_former_versions_is_removed(gallery, tmp_path):
-    (tmp_path / "gallery" / "index.faiss").write_bytes(bytes(100))
-    Gallery.open(tmp_path / "gallery").close()
-    assert not (tmp_path / "gallery" / "index.faiss").exists()
+    assert sound(gallery)

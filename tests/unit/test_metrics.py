@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.metrics import evaluate_ranking
+from serve.metrics import by_camera, confidence_intervals, evaluate_ranking, evaluate_vectors
 
 
 def slow_scores(distances, query_ids, gallery_ids, query_cameras, gallery_cameras):
@@ -59,7 +59,7 @@ def test_every_figure_equals_the_slow_definition(seed, with_cameras, gallery_siz
     )
     all_ranks = slow_scores(distances, query_ids, gallery_ids, *cameras)
     if not any(all_ranks):
-        with pytest.raises(ValueError, match="single camera"):
+        with pytest.raises(ValueError, match="has a match"):
             evaluate_ranking(distances, query_ids, gallery_ids, *cameras)
         return
     report = evaluate_ranking(distances, query_ids, gallery_ids, *cameras)
@@ -72,7 +72,105 @@ def test_every_figure_equals_the_slow_definition(seed, with_cameras, gallery_siz
     order = rng.permutation(gallery_size)
     shuffled_cameras = (cameras[0], cameras[1][order]) if with_cameras else (None, None)
     shuffled = evaluate_ranking(distances[:, order], query_ids, gallery_ids[order], *shuffled_cameras)
-    assert shuffled.map_step == report.map_step  # ties never depend on the order of the gallery
+    for name in ("map_step", "map_trapezoid", "minp", "mrr"):  # ties never depend on the order of the gallery
+        assert getattr(shuffled, name) == getattr(report, name)
+    np.testing.assert_array_equal(shuffled.first_match_rank, report.first_match_rank)
+    assert (np.diff(report.cmc) >= 0).all()
+    assert report.map_trapezoid <= report.map_step + 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["noise", "narrow", "twins"]), st.booleans())
+def test_vectors_in_blocks_score_as_their_distances(seed, kind, with_cameras):
+    rng = np.random.default_rng(seed)
+    queries, gallery = rng.standard_normal((9, 20)), rng.standard_normal((70, 20))
+    if kind == "narrow":  # all within float32's error of each other
+        queries, gallery = 1 + 1e-7 * queries, 1 + 1e-7 * gallery
+    if kind == "twins":
+        gallery[rng.integers(70, size=35)] = gallery[rng.integers(70, size=35)]
+        queries[:3] = gallery[:3]
+    queries, gallery = queries.astype(np.float32), gallery.astype(np.float32)
+    ids = rng.integers(0, 5, 9), rng.integers(-1, 5, 70)
+    cameras = (rng.integers(0, 3, 9), rng.integers(0, 3, 70)) if with_cameras else (None, None)
+    unit_Q, unit_G = (v / np.sqrt(np.einsum("nd,nd->n", v, v))[:, None] for v in (queries, gallery))
+    distances = ((unit_Q[:, None].astype(np.float64) - unit_G[None]) ** 2).sum(-1)
+    wanted = evaluate_ranking(distances, *ids, *cameras)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serve.ranking._BLOCK_QUERIES", 4)
+        patch.setattr("serve.ranking._CHUNK_GALLERY", 16)
+        found = evaluate_vectors(queries, gallery, *ids, *cameras)
+        order = rng.permutation(70)
+        moved = evaluate_vectors(
+            queries, gallery[order], ids[0], ids[1][order], cameras[0], cameras[1] if cameras[1] is None else cameras[1][order]
+        )
+    np.testing.assert_array_equal(found.average_precision_step, moved.average_precision_step)
+    if kind != "narrow":  # there the slow sum differs in its last bits
+        np.testing.assert_array_equal(found.average_precision_step, wanted.average_precision_step)
+        np.testing.assert_array_equal(found.first_match_rank, wanted.first_match_rank)
+
+
+def test_a_mapped_half_precision_gallery_scores_as_one_in_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    queries, gallery = rng.standard_normal((5, 16)), rng.standard_normal((50, 16)).astype(np.float16)
+    np.save(tmp_path / "gallery.npy", gallery)
+    ids = list("abcde"), list("abcdefghij") * 5
+    mapped = evaluate_vectors(queries, np.load(tmp_path / "gallery.npy", mmap_mode="r"), *ids)
+    in_memory = evaluate_vectors(queries, gallery.astype(np.float32), *ids)
+    np.testing.assert_array_equal(mapped.average_precision_step, in_memory.average_precision_step)
+
+
+def test_twins_of_a_match_count_before_it_wherever_they_stand():
+    rng = np.random.default_rng(0)
+    twins, query = np.repeat(rng.standard_normal((1, 333)), 101, axis=0), rng.standard_normal((1, 333))
+    for place in (0, 50, 100):
+        ids = ["a" if i == place else "b" for i in range(101)]
+        assert evaluate_vectors(query, twins, ["a"], ids).first_match_rank.tolist() == [101]
+
+
+def slow_intervals(report, ids, draws, level):
+    """The same draws of identities, their queries written out one by one."""
+    names = sorted({name for name, rank in zip(ids, report.first_match_rank, strict=True) if rank})
+    values = []
+    for draw in draws:
+        queries = [
+            q
+            for name, times in zip(names, draw, strict=True)
+            for _ in range(times)
+            for q in np.flatnonzero(np.array(ids) == name)
+        ]
+        queries = [q for q in queries if report.first_match_rank[q]]
+        values.append(np.mean(report.average_precision_step[queries]))
+    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+
+
+def test_intervals_draw_identities_not_queries():
+    rng = np.random.default_rng(0)
+    query_ids, gallery_ids = list("aaabbccccdez"), list("abcdefghij") * 6
+    report = evaluate_ranking(rng.random((12, 60)), query_ids, gallery_ids)
+    found = confidence_intervals(report, query_ids, level=0.8, resamples=200, seed=3)
+    draws = np.random.default_rng(3).multinomial(5, np.full(5, 0.2), 200)
+    np.testing.assert_allclose(found["map_step"], slow_intervals(report, query_ids, draws, 0.8))
+    assert found == confidence_intervals(report, query_ids, level=0.8, resamples=200, seed=3)
+    for name in ("map_step", "map_trapezoid", "minp", "mrr"):
+        assert found[name][0] <= getattr(report, name) <= found[name][1]
+    assert found["rank1"][0] <= report.cmc[0] <= found["rank1"][1]
+    assert found["rank10"][0] <= report.cmc[9] <= found["rank10"][1]
+
+
+def test_one_identity_has_no_spread_however_many_queries():
+    report = evaluate_ranking(np.random.default_rng(0).random((8, 9)), ["a"] * 8, list("aabbbbbbb"))
+    low, high = confidence_intervals(report, ["a"] * 8)["map_step"]
+    assert low == pytest.approx(high) == pytest.approx(report.map_step)
+
+
+def test_the_table_of_cameras():
+    distances = np.array([[0.1, 0.2], [0.2, 0.1], [0.1, 0.2]])
+    report = evaluate_ranking(distances, ["a", "a", "z"], ["a", "b"], [1, 2, 2], [3, 3])
+    first, second = by_camera(report, [1, 2, 2])
+    assert (first.camera, first.n_queries, first.n_without_match, first.rank1, first.map_step) == ("1", 1, 0, 1.0, 1.0)
+    assert (second.camera, second.n_queries, second.n_without_match, second.rank1) == ("2", 2, 1, 0.0)
+    assert (second.map_step, second.map_trapezoid) == (0.5, 0.25)
+    assert np.isnan(by_camera(report, [1, 1, 9])[1].rank1)
 
 
 def test_known_answers():
@@ -110,6 +208,7 @@ def test_cmc_has_max_rank_entries_and_stays_level_beyond_the_gallery():
 def test_queries_without_match_are_told_and_left_out_of_the_averages():
     report = evaluate_ranking(np.array([[0.1, 0.2], [0.1, 0.2]]), ["a", "z"], ["a", "b"])
     assert (report.n_queries, report.n_without_match, report.map_step) == (2, 1, 1.0)
+    assert report.without_match.tolist() == [1]
     assert np.isnan(report.average_precision_step[1])
     assert np.isnan(report.average_precision_trapezoid[1])
 
@@ -127,7 +226,7 @@ def test_numbers_and_texts_name_the_same_things():
         ((np.array([[0.0, np.nan]]), ["a"], ["a", "b"]), "NaN"),
         ((np.zeros((1, 3)), ["a"], ["a", "b"]), "wanted (1, 2)"),
         ((np.zeros(2), ["a"], ["a", "b"]), "wanted (1, 2)"),
-        ((np.zeros((1, 2)), ["a"], ["b", "c"]), "none of 1 queries has a match"),
+        ((np.zeros((1, 2)), ["a"], ["b", "c"]), "none of 1 queries has a match: no identity of theirs is in the gallery"),
         ((np.zeros((1, 2)), ["a"], ["a", "a"], ["1"], ["1", "1"]), "of a single camera"),
         ((np.zeros((1, 2)), ["a"], ["a", "b"], ["1"], None), "none at all"),
         ((np.zeros((1, 2)), ["a"], ["a", "b"], ["1"], ["1"]), "one camera for each"),
@@ -138,3 +237,25 @@ def test_bad_arguments_are_refused_in_one_line(arguments, complaint):
         evaluate_ranking(*arguments)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("queries", "gallery", "complaint"),
+    [
+        (np.ones((1, 3)), np.ones((2, 4)), "another encoder"),
+        (np.ones((1, 3)), np.ones((3, 3)), "wanted 1 queries and 2 gallery items"),
+        (np.ones((1, 3)), np.array([[1, 1, 1], [0, 0, 0]]), "gallery vector 1 is zero"),
+        (np.array([[1, np.nan, 1]]), np.ones((2, 3)), "query vector 0 is zero, infinite or not a number"),
+    ],
+)
+def test_vectors_that_cannot_be_ranked_are_refused(queries, gallery, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        evaluate_vectors(queries, gallery, ["a"], ["a", "b"])
+
+
+def test_what_does_not_belong_to_the_report_is_refused():
+    report = evaluate_ranking(np.zeros((1, 1)), ["a"], ["a"])
+    with pytest.raises(ValueError, match="wanted 1, a level between 0 and 1"):
+        confidence_intervals(report, ["a", "b"])
+    with pytest.raises(ValueError, match="one for each"):
+        by_camera(report, [])

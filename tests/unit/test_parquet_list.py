@@ -66,12 +66,12 @@ def test_times(tmp_path, value, seconds):
 @pytest.mark.parametrize(
     ("columns", "complaint"),
     [
-        ({"file": ["a.png"]}, "columns are ['file'], wanted path and any of ['camera', 'identity', 'label', 'time']"),
+        ({"file": ["a.png"]}, "columns are ['file'], wanted path and any of ['camera', 'identity', 'label', 'time', 'track']"),
         ({"path": ["a.png"], "colour": ["red"]}, "columns are ['colour', 'path'], wanted path"),
         ({"path": ["a.png"], "identity": [7.0]}, "identity is double, wanted text or whole numbers"),
         ({"path": ["a.png"], "label": [True]}, "label is bool, wanted text or whole numbers"),
         ({"path": ["a.png"], "time": [[1.0]]}, "time is list<element: double>, wanted text or whole numbers, or a time"),
-        ({"path": ["a.png", None]}, "row 1: {} is not path[,label,identity,camera,time]"),
+        ({"path": ["a.png", None]}, "row 1: {} is not path[,label,identity,camera,time,track]"),
         ({"path": ["a.png"], "time": ["yesterday"]}, "row 0: {'path': 'a.png', 'time': 'yesterday'}"),
         ({"path": ["a.png"], "time": [float("nan")]}, "time is nan"),
         ({"path": pa.array([], pa.string())}, "holds no pictures"),

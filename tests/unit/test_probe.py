@@ -341,6 +341,16 @@ def test_the_untrained_baseline_is_seeded_calibrated_and_not_the_trained_one() -
     assert not np.allclose(vectors, fresh.embed(list(images)), atol=1e-3), "its batch norms have seen pictures"
 
 
+def test_plain_features_are_those_that_the_unit_vectors_are_made_of() -> None:
+    images = list(np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8))
+    unit, plain = (TorchEncoder(small_encoder(), manifest(64), unit=unit) for unit in (True, False))
+    features = plain.embed(images)
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    assert (np.abs(lengths - 1) > 0.01).any()
+    np.testing.assert_allclose(features / lengths, unit.embed(images), atol=1e-5)
+    assert plain.encoder_id != unit.encoder_id, "the two are never mixed"
+
+
 def test_a_torch_encoder_prepares_pictures_as_serving_does(tmp_path: Path) -> None:
     sample = open_source(draw_classes(tmp_path / "images", 1)).train[0]
     encoder = TorchEncoder(small_encoder(), manifest(64), batch_size=2)

@@ -1,0 +1,1 @@
+"""Parts of the search for duplicates: `serve.duplicates` puts them together."""

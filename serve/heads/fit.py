@@ -1,0 +1,123 @@
+"""How a head is fitted: the weight decay, the temperature and the figures come from pictures held back, the weights from all.
+
+Shapes: N pictures, D dimensions, C classes, E = D + 1 (serve/heads/logistic.py), M pictures held back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax  # type: ignore[import-untyped]
+
+from serve.classify import Head
+from serve.errors import TrainingError
+from serve.heads.calibrate import calibrated_error, calibration_error, find_temperature, log_loss, threshold_for
+from serve.heads.logistic import Reals, logistic_regression, logits
+from serve.heads.scores import figures_of
+
+HOW_TO_LABEL = "put each class in a sub-folder, or name it in a CSV's label column"
+DECAYS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""Strong first: each fit starts where the one before ended. Few pictures want the strong ones."""
+DECAY_UNSEEN = 1.0
+"""With one picture of each class there is nothing to choose by."""
+FOLDS, MANY = 5, 5000
+"""Every fifth picture of a class is held back, each in its turn; of more pictures than MANY one such fifth is enough."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldBack:
+    """What heads said of pictures they were not fitted on."""
+
+    truth_M: NDArray[np.int64]
+    logits_MC: Reals
+    weight_M: Reals
+
+
+def fit_head(
+    vectors: NDArray[np.float32],
+    groups: Sequence[str],
+    encoder_id: str,
+    *,
+    balanced: bool = False,
+    abstain_below: float = 0.0,
+    wanted_accuracy: float | None = None,
+) -> Head:
+    """Logistic regression on unit vectors (N, D), one name of a class for each, with calibrated probabilities.
+
+    Args: balanced, every class weighs the same, however many pictures it has; abstain_below, the confidence below which the
+    head does not decide; wanted_accuracy, choose that confidence so that so large a share of what it decides is right.
+    Raises: TrainingError with fewer than two classes, or where wanted_accuracy is out of reach.
+    """
+    classes = sorted(set(groups))
+    if len(classes) < 2:
+        raise TrainingError(f"a head needs at least two classes, got {classes}; {HOW_TO_LABEL}")
+    number = {name: index for index, name in enumerate(classes)}
+    y_N = np.array([number[name] for name in groups])
+    weight_N = class_weights(y_N, balanced=balanced)
+    start_CE = np.zeros((len(classes), vectors.shape[1] + 1))
+    decay, held = sweep(vectors, y_N, weight_N, start_CE)
+    temperature = find_temperature(held.logits_MC, held.truth_M, held.weight_M) if len(held.truth_M) else 1.0
+    probability_MC = softmax(held.logits_MC / temperature, axis=1)
+    if wanted_accuracy is not None:
+        right_M = probability_MC.argmax(axis=1) == held.truth_M
+        abstain_below = threshold_for(probability_MC.max(axis=1), right_M, wanted_accuracy)
+    theta_CE = logistic_regression(vectors, y_N, weight_N, decay, start_CE) / temperature  # folded in: every server has it
+    return Head(
+        weight=theta_CE[:, :-1].astype(np.float32),
+        bias=theta_CE[:, -1].astype(np.float32),
+        classes=tuple(classes),
+        encoder_id=encoder_id,
+        abstain_below=abstain_below,
+        report={
+            "fit": "L-BFGS logistic regression",
+            "balanced": balanced,
+            "pictures": len(y_N),
+            "weight_decay": decay,
+            "temperature": temperature,
+            **_calibration(held),
+            **figures_of(probability_MC, held.truth_M, classes, abstain_below),
+        },
+    )
+
+
+def class_weights(y_N: NDArray[np.int64], *, balanced: bool) -> Reals:
+    """What each picture weighs, 1 on average."""
+    count_C = np.bincount(y_N)
+    return len(y_N) / (len(count_C) * count_C[y_N]) if balanced else np.ones(len(y_N))
+
+
+def sweep(x_ND: NDArray[np.float32], y_N: NDArray[np.int64], weight_N: Reals, start_CE: Reals) -> tuple[float, HeldBack]:
+    """The weight decay with the least log loss on what is held back, and what was said there."""
+    folds = validation_folds(y_N)
+    place_M = np.concatenate([np.flatnonzero(held_N) for held_N in folds] or [np.zeros(0, np.int64)])
+    truth_M, weight_M = y_N[place_M], weight_N[place_M]
+    best = DECAY_UNSEEN, HeldBack(truth_M, np.zeros((0, len(start_CE))), weight_M)
+    least, thetas = np.inf, [start_CE] * len(folds)
+    for decay in DECAYS if folds else ():
+        pairs = list(zip(folds, thetas, strict=True))
+        thetas = [logistic_regression(x_ND, y_N, weight_N * ~held_N, decay, theta_CE) for held_N, theta_CE in pairs]
+        logits_MC = np.concatenate([logits(theta, x_ND[held]) for held, theta in zip(folds, thetas, strict=True)])
+        loss = log_loss(logits_MC, truth_M, weight_M)
+        if loss < least:
+            least, best = loss, (decay, HeldBack(truth_M, logits_MC, weight_M))
+    return best
+
+
+def validation_folds(y_N: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
+    """Masks (N,) of what is held back in each turn. A class with one picture is only ever learned from."""
+    count_C = np.bincount(y_N)
+    place_N = np.empty(len(y_N), np.int64)
+    place_N[np.argsort(y_N, kind="stable")] = np.concatenate([np.arange(count) for count in count_C])
+    turns = [(place_N % FOLDS == turn) & (count_C[y_N] > 1) for turn in range(FOLDS)]
+    return [held_N for held_N in turns if held_N.any()][: 1 if len(y_N) > MANY else FOLDS]
+
+
+def _calibration(held: HeldBack) -> dict[str, float | None]:
+    """Calibration error with the plain logits, and with a temperature."""
+    if not len(held.truth_M):
+        return {"ece_before": None, "ece": None}
+    before = calibration_error(softmax(held.logits_MC, axis=1), held.truth_M, held.weight_M)
+    return {"ece_before": before, "ece": calibrated_error(held.logits_MC, held.truth_M, held.weight_M)}

@@ -1,0 +1,1 @@
+"""What the client of the HTTP API asks, sends along, and makes of the answers."""
