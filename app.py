@@ -113,7 +113,7 @@ class Desk:
             return None, _complaint(error, query)
         head = self.heads[name]
         (chances_C,) = head.probabilities(vector_D[None])
-        unsure = f": uncertain, no class reaches {head.abstain_below:.0%}" if head.decide(chances_C) is None else ""
+        unsure = f": uncertain, no class reaches {head.abstain_below:.3g}" if head.decide(chances_C) is None else ""
         return dict(zip(head.classes, chances_C.tolist(), strict=True)), _message(f"Classes of {self._name(query)}{unsure}")
 
     def preview(self, query: Query) -> Image.Image | None:

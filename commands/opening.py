@@ -10,6 +10,7 @@ from tyro.conf import arg
 from serve.errors import ContractError
 
 if TYPE_CHECKING:
+    from serve.classify import Head
     from serve.encoder import Encoder
     from serve.gallery import Gallery
 
@@ -23,13 +24,29 @@ def open_encoder(spec: str) -> Encoder:
     """A RUN folder in torch, anything else as `serve.encoder.open_encoder` has it."""
     from serve.encoder import open_encoder as open_served
 
-    if (Path(spec) / "encoder.json").is_file():
+    if is_run(spec):
         from train.torch_encoder import open_run
 
         return open_run(Path(spec))
     if (Path(spec) / "config.json").is_file():
         raise ContractError(f"{spec}: this run has not written its encoder yet; finish it with simclr pretrain ... --resume")
     return open_served(spec)
+
+
+def is_run(spec: str) -> bool:
+    """Whether it is a RUN folder with its encoder."""
+    return (Path(spec) / "encoder.json").is_file()
+
+
+def open_encoder_of(spec: str, head: Head) -> Encoder:
+    """The encoder, with the plain features of a RUN where the head is a layer on these."""
+    encoder = open_encoder(spec)
+    if is_run(spec) and head.encoder_id != encoder.encoder_id:
+        from train.torch_encoder import open_run, plain_id
+
+        if head.encoder_id == plain_id(encoder.manifest):
+            return open_run(Path(spec), unit=False)
+    return encoder
 
 
 def open_gallery(folder: str, spec: str | None, *, create: bool = False) -> Gallery:

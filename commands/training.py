@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from commands.opening import GalleryName, open_encoder
+from commands.opening import GalleryName, is_run, open_encoder, open_encoder_of
 from commands.telling import write_json
 from serve.errors import ContractError, SimclrError
 from train.config import Arch, PretrainConfig, Stem
@@ -67,20 +67,23 @@ class Evaluate:
     encoder: str
     """A RUN folder, a model repository, or grpc://host:port/NAME, http://host:port/NAME."""
     images: str
-    """Labelled pictures to learn from (class = sub-folder, or a CSV); their own test split is used if they have one."""
+    """Labelled pictures to learn from (class = sub-folder, or a CSV); their own test split is used if they have one.
+    shape-bias: the cue-conflict folder."""
     test: str | None = None
     """Labelled pictures to score on. Default: the test split of --images, else every fifth of them."""
-    protocol: Literal["knn", "linear", "linear-sgd", "finetune", "imagenet-linear", "places205"] = "knn"
-    """knn: vote of the 200 nearest at temperature 0.1. linear: logistic regression on frozen features. The others train a RUN
-    as the literature does (docs/evaluation.md)."""
+    protocol: Literal["knn", "linear", "linear-sgd", "finetune", "imagenet-linear", "places205", "shape-bias"] = "knn"
+    """knn: vote of the 200 nearest at temperature 0.1. linear: logistic regression on frozen features. shape-bias: shape or
+    texture, on the cue-conflict pictures. The others train a RUN as the literature does (docs/evaluation.md)."""
+    head: Annotated[Path | None, arg(metavar="HEAD.npz")] = None
+    """shape-bias: linear layer over ImageNet's 1000 classes."""
     label_fraction: float = 1.0
     """finetune: share of every class's labels, such as 0.01."""
     label_list: Annotated[Path | None, arg(metavar="FILE")] = None
     """finetune: names of the pictures to learn from instead, one a line (the official 1percent.txt)."""
     start: Annotated[Literal["encoder", "head"], arg(name="from")] = "encoder"
     """finetune: from the encoder (SimCLR) or the first layer of its projection head (SimCLR v2)."""
-    save: Annotated[Path | None, arg(metavar="RUN")] = None
-    """finetune: new folder for the fine-tuned encoder."""
+    save: Annotated[Path | None, arg(metavar="PATH")] = None
+    """finetune: new RUN folder for the tuned encoder. linear-sgd, imagenet-linear, places205: HEAD.npz for the layer."""
     epochs: float | None = None
     """Other than the protocol's."""
     batch_size: int | None = None
@@ -91,11 +94,15 @@ class Evaluate:
     """Also write the figures there."""
 
     def __post_init__(self) -> None:
-        choices = self.label_fraction, self.label_list, self.start, self.save
-        if self.protocol != "finetune" and choices != (1, None, "encoder", None):
-            raise SimclrError("--label-fraction, --label-list, --from and --save belong to --protocol finetune")
-        if self.protocol in ("knn", "linear") and (self.epochs, self.batch_size) != (None, None):
-            raise SimclrError(f"--protocol {self.protocol} has neither --epochs nor --batch-size")
+        choices = self.label_fraction, self.label_list, self.start
+        if self.protocol != "finetune" and choices != (1, None, "encoder"):
+            raise SimclrError("--label-fraction, --label-list and --from belong to --protocol finetune")
+        if self.protocol in ("knn", "linear", "shape-bias") and (self.epochs, self.batch_size, self.save) != (None, None, None):
+            raise SimclrError(f"--protocol {self.protocol} has neither --epochs nor --batch-size nor --save")
+        if (self.protocol == "shape-bias") != (self.head is not None):
+            raise SimclrError("--protocol shape-bias and --head HEAD.npz (over ImageNet's 1000 classes) belong together")
+        if self.protocol == "shape-bias" and self.test is not None:
+            raise SimclrError("--protocol shape-bias scores all of --images and has no --test")
         if not 0 < self.label_fraction <= 1:
             raise SimclrError(f"--label-fraction is {self.label_fraction}, wanted more than 0 and at most 1")
         if self.epochs is not None and not 0.001 <= self.epochs < math.inf:
@@ -104,6 +111,9 @@ class Evaluate:
             raise SimclrError(f"--batch-size is {self.batch_size}, wanted at least 2")
 
     def __call__(self) -> None:
+        if self.protocol == "shape-bias":
+            self._shape_bias()
+            return
         from train.protocols import evaluate, report_lines
 
         report = evaluate(
@@ -111,7 +121,7 @@ class Evaluate:
             self.images,
             self.test,
             self.protocol,
-            run=Path(self.encoder) if (Path(self.encoder) / "encoder.json").is_file() else None,
+            run=Path(self.encoder) if is_run(self.encoder) else None,
             epochs=self.epochs,
             batch_size=self.batch_size,
             label_fraction=self.label_fraction,
@@ -120,6 +130,16 @@ class Evaluate:
             save=self.save,
             seed=self.seed,
         )
+        write_json(self.json, report)
+        print("\n".join(report_lines(report)))
+
+    def _shape_bias(self) -> None:
+        from serve.classify import Head
+        from serve.shape_bias.evaluate import evaluate, report_lines
+
+        assert self.head is not None
+        head = Head.load(self.head)
+        report = evaluate(open_encoder_of(self.encoder, head), head, self.images)
         write_json(self.json, report)
         print("\n".join(report_lines(report)))
 

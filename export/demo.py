@@ -109,9 +109,9 @@ def _step(number: int, text: str) -> None:
 
 
 def _train(source: str, pictures: ImageSet, run: Path, minutes: float, report: dict[str, Any]) -> Path:
-    config = _former_config(run, source)
+    config = former_config(run, source)
     if config is None:
-        config = _fitting_config(source, pictures, run, minutes)
+        config = fitting_config(source, pictures, run, minutes)
     recorded = json.loads((run / CARD).read_text())["training"] if (run / CARD).exists() else {}
     if recorded.get("steps") != recorded.get("total_steps") or not recorded:
         pretrain(config)
@@ -134,7 +134,7 @@ def _train(source: str, pictures: ImageSet, run: Path, minutes: float, report: d
     return run
 
 
-def _former_config(run: Path, source: str) -> PretrainConfig | None:
+def former_config(run: Path, source: str) -> PretrainConfig | None:
     """The configuration of a demo that was interrupted here, to go on with. Raises: SimclrError for other pictures."""
     if not (run / CONFIG).exists():
         return None
@@ -148,7 +148,7 @@ def _former_config(run: Path, source: str) -> PretrainConfig | None:
     return PretrainConfig(run=run, resume=True, **{name: recorded[name] for name in names & recorded.keys()})
 
 
-def _fitting_config(source: str, pictures: ImageSet, run: Path, minutes: float) -> PretrainConfig:
+def fitting_config(source: str, pictures: ImageSet, run: Path, minutes: float) -> PretrainConfig:
     """A network that this machine trains in the time given, and as many epochs as fit into it."""
     fitting = preprocess_for(pictures.train, None)
     stretched = fitting.resize == "stretch"

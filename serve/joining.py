@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.neighbours import pair_distances
-from serve.pairs import Items, Keys, Pairs, Values, added_up, totals
+from serve.pairs import Items, Keys, Pairs, Values, added_up, distinct, totals
 from serve.reciprocal import Graph, List, averaging, extended, overlaps, weighted
 
 
@@ -29,10 +29,10 @@ class Joining:
         close, distances = self._close(row_G, error)
         farthest = np.append(np.maximum(graph.farthest, row_G), row_G.max())
         weights = self._weights(close, distances, farthest, np.flatnonzero(row_G > graph.farthest))
-        changed = np.unique(weights.rows)
+        changed = distinct(weights.rows)
         arrival = _Arrival(graph.closest_lists, probe, close, distances)
         _, places = self._whose_closest.places(changed)
-        others = np.union1d(arrival.joined, self._whose_closest.keys[places] % graph.n)
+        others = distinct(arrival.joined, self._whose_closest.keys[places] % graph.n)
         closest = averaging(arrival.listed().rows_of(graph.closest, np.append(others, probe)))
         keys, values = self._terms(closest, weights, changed)
         own = keys // graph.n == probe
@@ -56,9 +56,9 @@ class Joining:
         graph = self._graph
         whole, half = (_Arrival(lists, self._probe, close, distances).mutual() for lists in (graph.lists, graph.half_lists))
         _, places = graph.mutual.places(half.touched())
-        rows = np.unique(np.concatenate([whole.touched(), graph.mutual.keys[places] % graph.n, farther, [self._probe]]))
+        rows = distinct(whole.touched(), graph.mutual.keys[places] % graph.n, farther)
         mutual = whole.rows_of(graph.mutual, rows)
-        half_mutual = half.rows_of(graph.half_mutual, np.unique(mutual.columns))
+        half_mutual = half.rows_of(graph.half_mutual, distinct(mutual.columns))
         return weighted(self._apart(extended(mutual, half_mutual)), farthest)
 
     def _apart(self, keys: Keys) -> Pairs:
@@ -119,11 +119,11 @@ class _Change:
 
     def touched(self) -> Items:
         """Rows that change."""
-        return np.unique(np.concatenate([self.added, self.gone]) // self.n)
+        return distinct(self.added // self.n, self.gone // self.n)
 
     def rows_of(self, before: Pairs, rows: Items) -> Pairs:
         """`rows`, growing, of the set after the change."""
         _, places = before.places(rows)
         kept = np.setdiff1d(before.keys[places], self.gone, assume_unique=True)
         added = self.added[np.isin(self.added // self.n, rows)]
-        return Pairs.of_set(self.n, np.union1d(kept, added))
+        return Pairs.of_set(self.n, distinct(kept, added))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +37,14 @@ class Pairs:
         """(P,)"""
         return self.keys % self.n
 
+    @cached_property
+    def _starts(self) -> NDArray[np.intp]:
+        return np.concatenate([[0], np.cumsum(np.bincount(self.rows, minlength=self.n))])
+
     def places(self, rows: Items) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Of all pairs in `rows`: to which of `rows` each belongs, and its place in `keys`."""
-        starts = np.searchsorted(self.keys, rows * self.n)
-        counts = np.searchsorted(self.keys, (rows + 1) * self.n) - starts
+        starts = self._starts[rows]
+        counts = self._starts[rows + 1] - starts
         owner = np.repeat(np.arange(len(rows)), counts)
         return owner, np.arange(len(owner)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
 
@@ -68,6 +73,12 @@ def added_up(n: int, keys: Keys, values: Values) -> Pairs:
     """The values of equal keys added up."""
     unique, inverse = np.unique(keys, return_inverse=True)
     return Pairs(n, unique, totals(inverse, values, len(unique)))
+
+
+def distinct(*keys: Keys) -> Keys:
+    """Growing, each once. np.unique hashes integers, which takes several times as long."""
+    ordered = np.sort(np.concatenate(keys))
+    return ordered[np.diff(ordered, prepend=-1) > 0]
 
 
 def totals(group: NDArray[np.intp], values: Values, count: int) -> Values:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.neighbours import Neighbours, Screen, nearest, pair_distances
-from serve.pairs import Keys, Pairs, Values, added_up, totals
+from serve.pairs import Keys, Pairs, Values, added_up, distinct, totals
 
 _BLOCK_PAIRS = 1 << 15
 
@@ -56,7 +56,7 @@ def extended(mutual: Pairs, half_mutual: Pairs) -> Keys:
     keys = mutual.rows[owner] * mutual.n + half_mutual.keys[places] % mutual.n
     sizes = np.bincount(owner, minlength=len(mutual.keys))
     shared = np.bincount(owner[mutual.find(keys)[0]], minlength=len(mutual.keys))
-    return np.union1d(mutual.keys, keys[(3 * shared > 2 * sizes)[owner]])
+    return distinct(mutual.keys, keys[(3 * shared > 2 * sizes)[owner]])
 
 
 def weighted(apart: Pairs, farthest_N: NDArray[np.float32]) -> Pairs:

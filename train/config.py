@@ -46,6 +46,8 @@ class PretrainConfig:
     """Passes over the pictures."""
     temperature: float = 0.2
     """Of NT-Xent. Lower for long training with large batches."""
+    positives: Literal["picture", "track"] = "picture"
+    """The two views: of one picture, or of two of one track, as a tracker gives it (columns track and camera of a CSV)."""
     crop_area: float | None = None
     """Smallest share of the picture that a view shows. Default: 0.08 (paper), 0.4 where pictures are stretched (re-ID)."""
     strength: float | None = None

@@ -18,6 +18,7 @@ from serve.errors import SourceError
 from serve.preprocess import ImageError, decode
 from serve.sources import Sample, Unreadable, read_batches, read_bytes
 from train.augment import SimCLRAugment
+from train.positives import Tracks
 
 MEMORY_SHARE = 0.5
 """Pixels may take this share of the machine's memory."""
@@ -30,18 +31,21 @@ class Batch:
     pixels: Tensor
     rows: Tensor
     """Which samples they are, (b,)."""
+    partners: Tensor | None = None
+    """Whole frames of the second views, where these are of other pictures."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def views(self, part: slice, augment: SimCLRAugment, generator: torch.Generator) -> Tensor:
-        """Both views of some of the pictures, stacked: row i and row i + n are one picture. Float (2n, 3, H, W) in [0, 1]."""
+        """Both views of some of the pictures, stacked: row i and row i + n are a pair. Float (2n, 3, H, W) in [0, 1]."""
         device = generator.device
         if self.pixels.ndim == 5:
             views = augment.after_crop(self.pixels[:, part].to(device, non_blocking=True).flatten(0, 1), generator)
         else:
-            frames = self.pixels[part].to(device, non_blocking=True)
-            views = augment(torch.cat([frames, frames]), generator)
+            first = self.pixels[part].to(device, non_blocking=True)
+            second = first if self.partners is None else self.partners[part].to(device, non_blocking=True)
+            views = augment(torch.cat([first, second]), generator)
         return views.contiguous(memory_format=torch.channels_last)
 
 
@@ -54,15 +58,25 @@ class Pixels:
     unreadable: tuple[Unreadable, ...]
     traits: Counter[str] = field(default_factory=Counter)
     """How many are grey, 16-bit and so on (`serve.sources.describe_traits`)."""
+    tracks: Tracks | None = None
+    """Where the two views are of two pictures of one track."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def batches(self, steps: Iterator[tuple[int, Tensor]]) -> Generator[Batch]:
         """The pictures of each (epoch, rows), pinned for a GPU."""
-        for _, rows in steps:
-            pixels = self.images[rows]
-            yield Batch(pixels.pin_memory() if torch.cuda.is_available() else pixels, rows)
+        for epoch, rows in steps:
+            yield Batch(self._frames(rows), rows, self._partners(epoch, rows))
+
+    def _partners(self, epoch: int, rows: Tensor) -> Tensor | None:
+        if self.tracks is None:
+            return None
+        return self._frames(torch.tensor([self.tracks.partner(row, self.samples[row].source, epoch) for row in rows.tolist()]))
+
+    def _frames(self, rows: Tensor) -> Tensor:
+        pixels = self.images[rows]
+        return pixels.pin_memory() if torch.cuda.is_available() else pixels
 
 
 def load_pixels(samples: Sequence[Sample], preprocess: Preprocess, *, progress: str | None = None) -> Pixels:
@@ -112,14 +126,27 @@ def training_frame(preprocess: Preprocess) -> Preprocess:
 
 
 def step_rows(
-    count: int, batch_size: int, seed: int, *, first_step: int, total_steps: int, steps_per_epoch: int, rank: int = 0
+    count: int,
+    batch_size: int,
+    seed: int,
+    *,
+    first_step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    rank: int = 0,
+    tracks: Tracks | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, rows) of every step that is left. Rows that fill no batch wait for another epoch."""
+    """(epoch, rows) of every step that is left. Rows that fill no batch wait for another epoch.
+
+    With `tracks` no batch has two rows of one track.
+    """
     epoch, order = -1, torch.empty(0)
     for step in range(first_step, total_steps):
         if step // steps_per_epoch != epoch:
             epoch = step // steps_per_epoch
             order = epoch_order(count, epoch, seed, rank)
+            if tracks:
+                order = tracks.spread(order, batch_size, step_generator(seed, epoch, stream=f"batches/{rank}"))
         place = step % steps_per_epoch
         yield epoch, order[place * batch_size : (place + 1) * batch_size]
 
@@ -166,7 +193,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def _fitting_size(samples: Sequence[Sample]) -> tuple[int, int]:
-    """32, 64 or 224 px by the median short side of up to 50 pictures; 256x128 for tall boxes with identities."""
+    """32, 64 or 224 px by the median short side of up to 50 pictures; 256x128 for tall boxes with identities or tracks."""
     sizes = []
     for sample in samples[:: max(1, -(-len(samples) // 50))]:
         try:
@@ -176,7 +203,7 @@ def _fitting_size(samples: Sequence[Sample]) -> tuple[int, int]:
     if not sizes:
         raise SourceError(f"none of the first pictures can be read, such as {samples[0].source}; are these images?")
     width, height = (statistics.median(side) for side in zip(*sizes, strict=True))
-    if samples[0].identity is not None and height > 1.5 * width:
+    if (samples[0].identity is not None or samples[0].track is not None) and height > 1.5 * width:
         return (256, 128)
     short = min(width, height)
     size = 32 if short <= 40 else 64 if short <= 100 else 224

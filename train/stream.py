@@ -1,7 +1,7 @@
 """Data larger than memory: worker processes decode and crop, the rest of the augmentation is batched on the device.
 
-The crop of a picture depends on (seed, epoch, picture) alone, so neither the number of workers nor an interruption changes
-a run.
+The crop of a picture, and which other one of its track is the second view, depend on (seed, epoch, picture) alone, so
+neither the number of workers nor an interruption changes a run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +24,7 @@ from serve.errors import SourceError, TrainingError
 from serve.sources import Sample, Unreadable, read_picture
 from train.augment import crop_views
 from train.data import Batch, step_generator
+from train.positives import Tracks
 
 PIECE, PREFETCHED = 32, 2
 """Pictures that a worker hands over at once, and how often ahead of time. At 224 px a piece is 9 MiB of /dev/shm."""
@@ -41,16 +43,29 @@ class Piece(NamedTuple):
 
 
 class Streamed:
-    """Pictures that are read anew in every epoch. One that cannot be read is replaced by the next one and told once."""
+    """Pictures that are read anew in every epoch. One that cannot be read is replaced by the next one and told once.
 
-    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, crop_area: float, *, workers: int, seed: int) -> None:
+    With `tracks` the next one is of the same track, as long as that has any, and the second view is of another one of them.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        preprocess: Preprocess,
+        crop_area: float,
+        *,
+        workers: int,
+        seed: int,
+        tracks: Tracks | None = None,
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers is {workers}, wanted at least 1")
         self.samples = tuple(samples)
         self.unreadable: list[Unreadable] = []
         self.traits: Counter[str] = Counter()
         """Of the first epoch's pictures, as they arrive."""
-        self._crops = _Crops([sample.source for sample in samples], preprocess, crop_area, seed)
+        self.tracks = tracks
+        self._crops = _Crops([sample.source for sample in samples], preprocess, crop_area, seed, tracks)
         self._workers = workers
 
     def __len__(self) -> int:
@@ -92,7 +107,7 @@ class Streamed:
 
     def _note(self, faults: list[Unreadable]) -> None:
         known = {fault.source for fault in self.unreadable}
-        self.unreadable += [fault for fault in faults if fault.source not in known]
+        self.unreadable += {fault.source: fault for fault in faults if fault.source not in known}.values()
         if len(self.unreadable) == len(self):
             raise SourceError(f"none of {len(self)} pictures can be read; the first: {self.unreadable[0].reason}")
 
@@ -100,12 +115,14 @@ class Streamed:
 class _Crops(Dataset[Any]):
     """Decodes and crops, in the workers."""
 
-    def __init__(self, sources: Sequence[str], preprocess: Preprocess, crop_area: float, seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[str], preprocess: Preprocess, crop_area: float, seed: int, tracks: Tracks | None
+    ) -> None:
         names = [source.encode("utf-8", "surrogateescape") for source in sources]
         # One array, not a million strings: counting their references would copy them into every worker.
         self._names = np.frombuffer(b"".join(names), np.uint8)
         self._ends = np.cumsum([len(name) for name in names])
-        self._preprocess, self._crop_area, self._seed = preprocess, crop_area, seed
+        self._preprocess, self._crop_area, self._seed, self._tracks = preprocess, crop_area, seed, tracks
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -117,23 +134,45 @@ class _Crops(Dataset[Any]):
         piece = Piece(torch.from_numpy(crops).permute(0, 1, 4, 2, 3), rows.clone(), [], [])
         for place, row in enumerate(rows.tolist()):
             traits: list[str] = []
-            picture, piece.rows[place] = self._next_readable(row, piece.faults, traits)
+            picture, found = self._next_readable(row, piece.faults, traits)
+            piece.rows[place] = found
             if picture is None:
                 break
             piece.traits.extend(traits if epoch == 0 else ())
-            aspect = picture.width / picture.height if self._preprocess.resize == "stretch" else size[1] / size[0]
             generator = step_generator(self._seed, epoch, stream=f"crop/{self._name(row)}")
-            crops[:, place] = crop_views(picture, size, self._crop_area, generator, aspect)
+            partner = self._partner(found, epoch, piece.faults)
+            if partner is None:
+                crops[:, place] = self._crop(picture, 2, generator)
+            else:
+                crops[0, place], crops[1, place] = (self._crop(one, 1, generator)[0] for one in (picture, partner))
         return piece
+
+    def _crop(self, picture: Image.Image, count: int, generator: torch.Generator) -> NDArray[np.uint8]:
+        size = self._preprocess.height_px, self._preprocess.width_px
+        aspect = picture.width / picture.height if self._preprocess.resize == "stretch" else size[1] / size[0]
+        return crop_views(picture, size, self._crop_area, generator, aspect, count=count)
 
     def _next_readable(self, row: int, faults: list[Unreadable], traits: list[str]) -> tuple[Image.Image | None, int]:
         """This picture or the first after it that can be read, and which one it is; None if there is none at all."""
-        for candidate in range(row, row + len(self)):
-            picture = read_picture(self._name(candidate % len(self)), traits)
+        others = self._tracks.others(row) if self._tracks else []
+        after = (candidate % len(self) for candidate in range(row + 1, row + len(self)))
+        for candidate in itertools.chain([row], others, after):
+            picture = read_picture(self._name(candidate), traits)
             if not isinstance(picture, Unreadable):
-                return picture, candidate % len(self)
+                return picture, candidate
             faults.append(picture)
         return None, row
+
+    def _partner(self, row: int, epoch: int, faults: list[Unreadable]) -> Image.Image | None:
+        """What the second view is of; None for the picture itself: alone in its track, or the other one cannot be read."""
+        partner = self._tracks.partner(row, self._name(row), epoch) if self._tracks else row
+        if partner == row:
+            return None
+        picture = read_picture(self._name(partner))
+        if isinstance(picture, Unreadable):
+            faults.append(picture)
+            return None
+        return picture
 
     def _name(self, row: int) -> str:
         start = self._ends[row - 1] if row else 0

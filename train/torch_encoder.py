@@ -23,7 +23,7 @@ class TorchEncoder:
 
     def __init__(self, encoder: Encoder, manifest: Manifest, *, batch_size: int = 256, unit: bool = True) -> None:
         """`unit` false: plain features, for what has to add them up before they are normalised."""
-        self.manifest, self.encoder_id = manifest, manifest.encoder_id if unit else f"{manifest.encoder_id}-plain"
+        self.manifest, self.encoder_id = manifest, manifest.encoder_id if unit else plain_id(manifest)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = UnitEncoder(encoder, unit=unit).to(self._device).eval()
         self._batch_size = batch_size
@@ -36,6 +36,11 @@ class TorchEncoder:
             batch = prepare_batch(images[start : start + self._batch_size], self.manifest.preprocess)
             vectors[start : start + len(batch)] = self._model(torch.from_numpy(batch).to(self._device)).cpu().numpy()
         return vectors
+
+
+def plain_id(manifest: Manifest) -> str:
+    """Whose plain features those are: another encoder's than the unit vectors."""
+    return f"{manifest.encoder_id}-plain"
 
 
 def open_run(run: Path, *, unit: bool = True) -> TorchEncoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
@@ -101,12 +101,12 @@ def picture_routes(batcher: Batcher, heads: Mapping[str, Head], limits: Limits) 
     if not names:
         return router
 
+    which = Query(names[0], description="Whose classes.", json_schema_extra={"enum": [*names]})
+
     @router.post(
         "/classify", summary="Classes of pictures", openapi_extra=PICTURES_BODY, responses=documented(*PICTURE_PROBLEMS)
     )
-    async def classify(
-        request: Request, head: Annotated[str, Query(description="Whose classes.", json_schema_extra={"enum": [*names]})] = names[0]
-    ) -> ClassifyAnswer:
+    async def classify(request: Request, head: str = which) -> ClassifyAnswer:
         if head not in heads:
             raise HTTPException(422, f"head: there is no head {head!r}; there are {', '.join(names)}")
         found = await results(request, partial(_classified, heads[head]))

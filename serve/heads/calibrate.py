@@ -55,13 +55,17 @@ def calibrated_error(logits_MC: Reals, truth_M: NDArray[np.int64], weight_M: Rea
 
 
 def threshold_for(confidence_M: Reals, right_M: NDArray[np.bool_], accuracy: float) -> float:
-    """The lowest confidence from which on so large a share is right. Raises: TrainingError if no confidence is enough."""
+    """The lowest confidence from which on so large a share is right. Raises: TrainingError if none is enough."""
+    if not len(right_M):
+        raise TrainingError("--accuracy needs a class with two pictures or more: none could be held back; label more")
     order = np.argsort(-confidence_M, kind="stable")
     falling_M = confidence_M[order]
     share_M = np.cumsum(right_M[order]) / np.arange(1, len(order) + 1)
-    last_of_equals_M = np.append(np.diff(falling_M) != 0, [True] * (len(order) > 0))
+    last_of_equals_M = np.append(np.diff(falling_M) != 0, True)
     enough = np.flatnonzero((share_M >= accuracy) & last_of_equals_M)
     if not len(enough):
-        reached = f"{share_M[last_of_equals_M].max():.2%}" if len(order) else "nothing: no picture could be held back"
-        raise TrainingError(f"--accuracy is {accuracy:.2%}, the most confident answers reach {reached}; ask for less, or label more")
+        reached = share_M[last_of_equals_M].max()
+        raise TrainingError(
+            f"--accuracy is {accuracy:.2%}, the most confident answers reach {reached:.2%}; ask for less, or label more"
+        )
     return float(falling_M[enough[-1]])

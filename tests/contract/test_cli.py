@@ -36,8 +36,8 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = {
     "demo": "--images --out --minutes --no-app --port",
     "pretrain": "--images --run --arch --width --image-size --batch-size --epochs --seed --resume",
-    "evaluate": "--encoder --protocol --images --test --json",
-    "fit-head": "--encoder --images --out",
+    "evaluate": "--encoder --protocol --images --test --head --save --json",
+    "fit-head": "--encoder --images --gallery --where --out --balanced --abstain --accuracy --json --confusion",
     "import-weights": "--weights --run --pixels --image-size",
     "distill": "--teacher --head --images --run --arch --width --temperature --resume",
     "export": "--run --module --weights --preprocess --repository --name --head --target --tensorrt --dali --precision "
@@ -439,6 +439,21 @@ def test_evaluate(simclr, tmp_path, protocol):
     assert json.loads((tmp_path / "r.json").read_text())["protocol"] == protocol
 
 
+def test_evaluate_shape_bias(simclr, refused, world, tmp_path):
+    for i, name in enumerate(("cat/cat1-dog2.png", "dog/dog2-cat1.png", "dog/dog1-dog2.png")):
+        draw(tmp_path / "cue" / name, i)
+    head = toy_head(Head.load(world / "toy.npz").encoder_id, tuple(map(str, range(1000))))
+    head.save(tmp_path / "head.npz")
+    words = ("evaluate", "--encoder", "toy", "--images", tmp_path / "cue", "--protocol", "shape-bias")
+    code, out, _ = simclr(*words, "--head", tmp_path / "head.npz", "--json", tmp_path / "r.json")
+    assert code == 0
+    assert "of 2 conflicts" in out.splitlines()[0]
+    assert "differs from the literature: 3 pictures, not 1,280" in out
+    assert json.loads((tmp_path / "r.json").read_text())["protocol"] == "shape-bias"
+    assert "belong together" in refused(*words, code=2)
+    assert "the head has 3 classes" in refused(*words, "--head", "toy.npz", code=1)
+
+
 def test_api(world):
     command = [sys.executable, ROOT / "cli.py", "api", "--encoder", "toy", "--head", "toy.npz", "--port", "0", "--at-once", "3"]
     with subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
@@ -479,8 +494,50 @@ def test_api_of_a_gallery_behind_keys(simclr, world, tmp_path):
 def test_fit_head(simclr, world, tmp_path):
     code, out, _ = simclr("fit-head", "--encoder", "toy", "--images", "pictures", "--out", tmp_path / "head.npz")
     assert code == 0
-    assert out.startswith(f"{tmp_path}/head.npz: 2 classes, held-back accuracy ")
+    assert out.startswith(f"{tmp_path}/head.npz: 2 classes, ")
+    assert "held-back accuracy " in out.splitlines()[0]
+    assert "takes the calibration error from" in out
     Head.load(tmp_path / "head.npz").require(open_encoder(world / "toy").encoder_id)
+
+
+def test_fit_head_on_the_labels_of_a_gallery(simclr, world, tmp_path):
+    words = ["--abstain", "0.4", "--balanced", "--json", tmp_path / "f.json", "--confusion", tmp_path / "c.png"]
+    code, out, _ = simclr("fit-head", "--gallery", "gallery", "--where", "label != c", "--out", tmp_path / "head.npz", *words)
+    assert code == 0
+    assert out.startswith(f"{tmp_path}/head.npz: 2 classes, ")
+    head = Head.load(tmp_path / "head.npz")
+    head.require(open_encoder(world / "toy").encoder_id)
+    assert head.abstain_below == 0.4
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures == {"classes": list(head.classes), **head.report}
+    assert figures["balanced"]
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert "abstains below 0.4" in out
+
+
+def test_fit_head_needs_no_torch(world, tmp_path):
+    done = process("fit-head", "--gallery", "gallery", "--out", tmp_path / "head.npz", before=NO_TORCH, cwd=world)
+    assert done.returncode == 0, done.stderr
+    assert Head.load(tmp_path / "head.npz").classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "either --encoder ENC and --images SRC, or --gallery"),
+        (("--encoder", "toy"), "either --encoder ENC and --images SRC, or --gallery"),
+        (("--encoder", "toy", "--images", "pictures", "--gallery", "gallery"), "either --encoder"),
+        (("--encoder", "toy", "--images", "pictures", "--where", "id > 1"), "--where belongs to --gallery"),
+        (("--gallery", "gallery", "--abstain", "1.2"), "--abstain is 1.2, wanted 0 to 1"),
+        (("--gallery", "gallery", "--accuracy", "0"), "--accuracy wants more than 0"),
+        (("--gallery", "gallery", "--accuracy", "0.9", "--abstain", "0.5"), "no --abstain beside it"),
+    ],
+)
+def test_fit_head_refuses_what_does_not_go_together(simclr, tmp_path, words, said):
+    code, out, err = simclr("fit-head", *words, "--out", tmp_path / "head.npz")
+    assert (code, out) == (2, "")
+    assert said in err
+    assert not (tmp_path / "head.npz").exists()
 
 
 # What does not: sources
@@ -893,7 +950,6 @@ sys.meta_path.insert(0, Wall())
         ("pretrain", "--images", "pictures", "--run", "OUT"),
         ("export", "--run", "unfinished", "--repository", "OUT"),
         ("evaluate", "--encoder", "toy", "--images", "pictures"),
-        ("fit-head", "--encoder", "toy", "--images", "pictures", "--out", "OUT"),
         ("embed", "--encoder", "damaged run", "--images", "pictures", "--out", "OUT"),
         ("demo", "--out", "OUT"),
     ],

@@ -116,12 +116,18 @@ def test_embed(simclr, world):
     assert (world / "out.parquet").stat().st_size > 0
 
 
+def test_fit_head(simclr, gallery, world):
+    done = simclr("fit-head", "--gallery", gallery, "--out", "new.npz", "--confusion", "new.png")
+    assert ok(done).startswith("new.npz: 2 classes, 12 pictures, held-back accuracy ")
+    (world / "new.npz").unlink()
+    (world / "new.png").unlink()
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("pretrain", "--images", "pictures", "--run", "run"),
         ("evaluate", "--encoder", "repository", "--images", "pictures"),
-        ("fit-head", "--encoder", "repository", "--images", "pictures", "--out", "new.npz"),
         ("export", "--run", "run", "--repository", "new"),
         ("demo", "--out", "new"),
     ],

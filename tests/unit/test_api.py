@@ -6,6 +6,7 @@ import json
 import re
 import resource
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,25 @@ def test_classify(encoder):
     np.testing.assert_allclose(list(first["probabilities"].values()), wanted, atol=1e-6)
     assert second == {"error": problem(bad, 422)}
     problem(without, 404)
+
+
+def test_several_heads_and_one_that_abstains(encoder):
+    animals = toy_head(encoder.encoder_id)
+    never = replace(toy_head(encoder.encoder_id, classes=("day", "night")), abstain_below=1.0)
+    by_default, named, unknown, info = ask(
+        create_api(encoder, heads={"animals": animals, "light": never}),
+        lambda http: http.post("/v1/classify", content=good(0), headers=PNG),
+        lambda http: http.post("/v1/classify?head=light", content=good(0), headers=PNG),
+        lambda http: http.post("/v1/classify?head=sound", content=good(0), headers=PNG),
+        lambda http: http.get("/v1/info"),
+    )
+    (first,), (second,) = by_default.json()["results"], named.json()["results"]
+    assert first["label"] in animals.classes
+    assert second["label"] is None
+    assert list(second["probabilities"]) == ["day", "night"]
+    assert problem(unknown, 422) == "head: there is no head 'sound'; there are animals, light"
+    assert info.json()["heads"] == {"animals": list(animals.classes), "light": ["day", "night"]}
+    assert info.json()["classes"] == list(animals.classes)
 
 
 def test_a_head_of_another_encoder(encoder):

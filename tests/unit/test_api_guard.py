@@ -53,7 +53,7 @@ def guarded(tmp_path, encoder):
     keys = {scope: add_key(tmp_path / "keys", scope, scope) for scope in SCOPES}
     with Gallery.open(tmp_path / "gallery", encoder, create=True) as gallery:
         gallery.add([Sample("0.png")], encoder.embed([good()]))
-        head = toy_head(encoder.encoder_id)
+        heads = {"toy": toy_head(encoder.encoder_id)}
         yield create_api(encoder, heads=heads, gallery=gallery, keys=Keyring(tmp_path / "keys")), keys
 
 

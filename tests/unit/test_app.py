@@ -1,6 +1,7 @@
 import socket
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,21 @@ def test_classify(desk):
     assert sum(chances.values()) == pytest.approx(1)
     assert desk.classify(item.id, "toy")[0] == pytest.approx(chances, abs=1e-5)
     assert Path(item.source).name in message
+
+
+def test_classify_by_several_heads_one_of_which_is_uncertain(desk):
+    sure = desk.heads["toy"]
+    heads = {"toy": sure, "shy <i>": replace(sure, classes=("x", "y", "z"), abstain_below=0.999)}
+    item = desk.gallery.items()[0]
+    both = Desk(desk.gallery, desk.encoder, heads)
+    assert "uncertain" not in both.classify(item.source, "toy")[1]
+    chances, message = both.classify(item.source, "shy <i>")
+    assert set(chances) == {"x", "y", "z"}
+    assert "uncertain, no class reaches 0.999" in message
+    for shown, several in (({"toy": sure}, False), (heads, True)):
+        blocks = build_app(desk.gallery, desk.encoder, heads=shown, encoder_spec="model_repository").blocks.values()
+        (box,) = [block for block in blocks if isinstance(block, app.gr.Dropdown) and block.label == "Head"]
+        assert (box.visible, box.value) == (several, "toy")
 
 
 def test_bad_picture_is_explained_by_its_name(desk, tmp_path, toasts):

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from serve.classify import Head
+from serve.classify import Head, load_heads
 from serve.errors import ContractError, EncoderMismatch
 from tests.toy_encoder import DIM, toy_head
 
@@ -50,6 +52,8 @@ def test_another_encoder_is_refused_with_both_ids_and_the_repair():
         ({"classes": ("a", "a", "b")}, "same name"),
         ({"bias": np.zeros(3)}, "wanted float32"),
         ({"bias": np.full(3, np.nan, np.float32)}, "finite"),
+        ({"abstain_below": 1.5}, "wanted 0 to 1"),
+        ({"abstain_below": float("nan")}, "wanted 0 to 1"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, reason):
@@ -57,6 +61,32 @@ def test_parts_that_do_not_fit_are_refused(change, reason):
     fields = {"weight": head.weight, "bias": head.bias, "classes": head.classes, "encoder_id": "abc"}
     with pytest.raises(ValueError, match=reason):
         Head(**(fields | change))
+
+
+def test_a_head_decides_from_its_confidence_on():
+    head = replace(toy_head("abc"), abstain_below=0.5)
+    assert head.decide(np.float32([0.2, 0.5, 0.3])) == "dog"
+    assert head.decide(np.float32([0.2, 0.49, 0.31])) is None
+    assert toy_head("abc").decide(np.float32([0.3, 0.36, 0.34])) == "dog"
+
+
+def test_a_head_written_before_heads_could_abstain_decides_always(tmp_path):
+    replace(toy_head("abc"), abstain_below=0.9).save(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz", allow_pickle=False) as arrays:
+        np.savez(tmp_path / "old.npz", **{name: arrays[name] for name in arrays if name != "abstain_below"})
+    new, old = Head.load(tmp_path / "new.npz"), Head.load(tmp_path / "old.npz")
+    assert (new.abstain_below, old.abstain_below) == (0.9, 0.0)
+    np.testing.assert_array_equal(old.weight, new.weight)
+
+
+def test_several_heads_go_by_the_names_of_their_files(tmp_path):
+    for name in ("b", "a", "sub/a"):
+        toy_head(name).save(tmp_path / f"{name}.npz")
+    heads = load_heads([tmp_path / "b.npz", tmp_path / "a.npz"])
+    assert {name: head.encoder_id for name, head in heads.items()} == {"b": "b", "a": "a"}
+    assert next(iter(heads)) == "b", "the first stays the first"
+    with pytest.raises(ContractError, match="there is a head named a already; rename"):
+        load_heads([tmp_path / "a.npz", tmp_path / "sub" / "a.npz"])
 
 
 def _pickled(path):

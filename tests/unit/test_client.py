@@ -109,7 +109,8 @@ def gallery(encoder, tmp_path_factory):
 def api(encoder, gallery, pictures_host):
     """The address of the API with all that it can have, and small limits."""
     hosts = [pictures_host.removeprefix("http://")]
-    with served(create_api(encoder, heads={"toy": toy_head(encoder.encoder_id)}, gallery=gallery, url_hosts=hosts, limits=LIMITS)) as url:
+    heads = {"toy": toy_head(encoder.encoder_id)}
+    with served(create_api(encoder, heads=heads, gallery=gallery, url_hosts=hosts, limits=LIMITS)) as url:
         yield url
 
 

@@ -18,6 +18,7 @@ from serve.errors import TrainingError
 from serve.sources import Sample, open_source
 from train import linear as module
 from train.augment import SimCLRAugment
+from train.benchmarks import LINEAR_RECIPES
 from train.data import Batch, load_pixels, step_generator
 from train.encoder import Encoder
 from train.linear import (
@@ -35,7 +36,6 @@ from train.linear import (
     top_hits,
 )
 from train.optim import LARS
-from train.protocols import BENCHMARKS
 
 SIZE = 16
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ class Given:
 
 
 def test_peak_rates_are_those_of_the_sources() -> None:
-    assert BENCHMARKS["imagenet-linear"].recipe.peak_lr == pytest.approx(1.6), "0.1 at 256, so 1.6 at 4096"
+    assert LINEAR_RECIPES["imagenet-linear"].peak_lr == pytest.approx(1.6), "0.1 at 256, so 1.6 at 4096"
     assert LINEAR_SGD.peak_lr == pytest.approx(0.2), "0.1 at 256, so 0.2 at the README's 512"
     root = Recipe(optimizer="LARS", rate=0.005, rule="sqrt", batch_size=1024, epochs=60)
     assert root.peak_lr == pytest.approx(0.16), "SimCLR v2's own figure"
@@ -108,7 +108,7 @@ def test_a_warm_up_is_a_share_of_the_steps() -> None:
 
 
 def test_places205_falls_to_a_tenth_after_epochs_4_8_and_12() -> None:
-    recipe, per_epoch = BENCHMARKS["places205"].recipe, 100
+    recipe, per_epoch = LINEAR_RECIPES["places205"], 100
     for epoch, wanted in ((0, 0.01), (3, 0.01), (4, 0.001), (7, 0.001), (8, 1e-4), (11, 1e-4), (12, 1e-5), (13, 1e-5)):
         for step in (epoch * per_epoch, epoch * per_epoch + per_epoch - 1):
             assert recipe.lr_at(step, 14 * per_epoch) == pytest.approx(wanted)

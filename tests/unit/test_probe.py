@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
 from serve.contract import Manifest, Preprocess, TensorSpec
 from serve.errors import SourceError, TrainingError
+from serve.heads.fit import fit_head
+from serve.heads.labelled import labelled_pictures
 from serve.pictures import Picture, prepare_batch
 from serve.preprocess import load_image
 from serve.sources import ImageSet, Sample, open_source
@@ -21,12 +22,8 @@ from train.encoder import Encoder, UnitEncoder
 from train.probe import (
     embed_pixels,
     evaluate,
-    fit_head,
-    fit_head_on,
-    head_accuracy,
     knn_accuracy,
     knn_predict,
-    logistic_regression,
     score_head,
     split_for_scoring,
     view_retrieval,
@@ -138,73 +135,9 @@ def test_knn_accuracy_counts_unknown_classes_as_wrong() -> None:
 # --- linear heads -----------------------------------------------------------------------------------------------------
 
 
-def objective(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, y: torch.Tensor, decay: float) -> torch.Tensor:
-    """Mean cross entropy + decay / 2 * |W|^2 / D, on plain unit vectors."""
-    return F.cross_entropy(x @ weight.T + bias, y) + decay / 2 * weight.square().sum() / x.shape[1]
-
-
-@pytest.mark.parametrize("decay", [1e-3, 1e-1])
-def test_logistic_regression_reaches_the_optimum(decay: float) -> None:
-    """As low as a long gradient descent in float64 goes, which starts there and elsewhere; and the gradient is zero."""
-    x = torch.from_numpy(unit_vectors(80, 6))
-    y = torch.from_numpy(np.random.default_rng(1).integers(0, 3, 80))
-    weight, bias = logistic_regression(x, y, 3, decay)
-    found = objective(weight.double(), bias.double(), x.double(), y, decay).item()
-    slow = [torch.zeros(3, 6, dtype=torch.float64, requires_grad=True), torch.zeros(3, dtype=torch.float64, requires_grad=True)]
-    descent = torch.optim.SGD(slow, lr=2.0, momentum=0.95)
-    for _ in range(2000):
-        descent.zero_grad()
-        loss = objective(slow[0], slow[1], x.double(), y, decay)
-        loss.backward()
-        descent.step()
-    assert found == pytest.approx(loss.item(), rel=1e-5)
-    assert found < math.log(3) - 0.01
-    at = [weight.double().requires_grad_(), bias.double().requires_grad_()]
-    objective(at[0], at[1], x.double(), y, decay).backward()
-    assert all(part.grad.abs().max() < 1e-4 for part in at)
-
-
-def test_separable_classes_are_separated() -> None:
-    x = torch.from_numpy(unit_vectors(50, 8))
-    y = (x[:, 0] > 0).long()
-    weight, bias = logistic_regression(x, y, 2, 1e-6)
-    assert torch.equal((x @ weight.T + bias).argmax(1), y)
-
-
-def test_a_head_is_fitted_on_all_and_its_decay_chosen_on_every_fifth() -> None:
-    vectors = unit_vectors(200, 6)
-    groups = ["north" if vector[0] > 0.3 else "south" if vector[1] > 0 else "east" for vector in vectors]
-    head = fit_head(vectors, groups, "abc")
-    assert (head.classes, head.encoder_id) == (("east", "north", "south"), "abc")
-    assert head.report["pictures"] == 200
-    numbers = torch.tensor([sorted(set(groups)).index(name) for name in groups])
-    held = torch.tensor([number % 5 == 4 for number in range(200)])
-    x = torch.from_numpy(vectors)
-    scores = []
-    for decay in (1e-6, 1e-5, 1e-4, 1e-3):
-        weight, bias = logistic_regression(x[~held], numbers[~held], 3, decay)
-        scores.append(((x[held] @ weight.T + bias).argmax(1) == numbers[held]).float().mean().item())
-    assert head.report["held_back_accuracy"] == max(scores) > 0.8
-    assert head.report["weight_decay"] == (1e-6, 1e-5, 1e-4, 1e-3)[scores.index(max(scores))]
-    weight, _ = logistic_regression(x, numbers, 3, head.report["weight_decay"])
-    np.testing.assert_array_equal(head.weight, weight.numpy())
-    assert head_accuracy(head, vectors, groups) > 0.9
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_a_head_on_very_few_pictures_still_has_a_score(count: int) -> None:
-    head = fit_head(unit_vectors(count, 4), ["a", "b", "a", "b", "a"][:count], "abc")
-    assert head.report["held_back_accuracy"] in (0, 1)
-
-
-@pytest.mark.parametrize("groups", [["only"] * 6, []])
-def test_a_head_for_one_class_is_refused(groups: list[str]) -> None:
-    with pytest.raises(TrainingError, match=r"a head needs at least two classes, got .*; put each class in a sub-folder"):
-        fit_head(unit_vectors(len(groups), 4), groups, "abc")
-
-
 def test_a_head_on_pictures_and_its_score_on_others(tmp_path: Path) -> None:
-    head = fit_head_on(MeanColour(), str(draw_classes(tmp_path / "train")))
+    examples = labelled_pictures(MeanColour(), str(draw_classes(tmp_path / "train")))
+    head = fit_head(*examples, MeanColour.encoder_id)
     assert head.classes == ("blue", "green", "red")
     assert head.report["held_back_accuracy"] == 1
     few = open_source(draw_classes(tmp_path / "test", 2)).train
@@ -218,7 +151,7 @@ def test_a_head_on_pictures_and_its_score_on_others(tmp_path: Path) -> None:
 def test_pictures_without_labels_teach_no_head(tmp_path: Path) -> None:
     images = draw_classes(tmp_path / "train") / "red"
     with pytest.raises(TrainingError, match="no labels to learn from; put each class in a sub-folder"):
-        fit_head_on(MeanColour(), str(images))
+        labelled_pictures(MeanColour(), str(images))
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
