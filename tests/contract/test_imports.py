@@ -1,4 +1,4 @@
-"""cli, commands, app -> export -> train -> serve, and no torch where a server runs. import-linter reads packages only; this, all."""
+"""cli, commands, app -> export -> train -> serve, and no torch where a server runs. import-linter reads packages alone."""
 
 import ast
 import subprocess

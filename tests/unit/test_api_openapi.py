@@ -44,7 +44,7 @@ def documents(tmp_path_factory):
     encoder = OnnxEncoder(write_toy_encoder(folder / "toy")[0])
     add_key(folder / "keys", "me", "read")
     with Gallery.open(folder / "gallery", encoder, create=True) as gallery:
-        options = {"head": toy_head(encoder.encoder_id), "gallery": gallery}
+        options = {"heads": {"toy": toy_head(encoder.encoder_id)}, "gallery": gallery}
         apis = [create_api(encoder, **options, keys=keys) for keys in (None, Keyring(folder / "keys"))]
         return [ask(api, lambda http: http.get("/openapi.json")).json() for api in apis]
 
