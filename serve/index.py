@@ -74,7 +74,7 @@ class Index:
         self._changing, self._writing, self._starting = threading.Lock(), threading.Lock(), threading.Lock()
         self._stopping, self._not_before, self._version = threading.Event(), 0.0, -1
         self._worker: threading.Thread | None = None
-        self._left_behind = False
+        self._left_behind = self._closed = False
         base = newest(folder, catalog)
         self.limits = limits or (base.header.limits if base else IndexLimits())
         self._state = State.of(base, catalog.facts.embedding_dim)
@@ -123,6 +123,8 @@ class Index:
         """
         faiss.omp_set_num_threads(1 if len(queries_QD) == 1 else _cores())  # this thread's; one query is no work to share
         state = self._state
+        if self._closed:  # asked after the state was taken, which else might be the empty one
+            raise GalleryError(f"{self._folder.parent}: this gallery has been closed; open it again")
         if len(queries_QD) <= _BLOCK_QUERIES:
             return state.search(queries_QD, k, allowed, excluded)
         blocks = range(0, len(queries_QD), _BLOCK_QUERIES)
@@ -160,13 +162,15 @@ class Index:
         self._write(self._rebuilt, _cores())
 
     def close(self) -> None:
-        """Stop what is going on in the background; save if that spares the next opening much."""
+        """Stop what is going on in the background; save if that spares the next opening much. Lets go of the files."""
         self._stopping.set()
         if self._worker is not None:
             self._worker.join()
         self._stopping.clear()
         if self.unsaved * 10 > len(self) and not self._left_behind:  # replaying the last tenth costs less than writing all anew
             self._save_or_warn()
+        self._closed = True
+        self._state = State.of(None, self._catalog.facts.embedding_dim)  # the mapping ends when nobody searches in it any more
 
     def problems(self) -> list[str]:
         """Where this copy differs from the catalog or from what was written, and vectors that are not of unit length."""

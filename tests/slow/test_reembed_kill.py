@@ -87,7 +87,7 @@ def test_killed_and_undisturbed_runs_end_alike(tmp_path, full):
         folder, whole = tmp_path / f"gallery{cycle}", tmp_path / f"whole{cycle}"
         filled(folder, pictures, old)
         for number in range(PICTURES, 10 * PICTURES):
-            kills += killed(folder, graphs[1], rng.randint(0, 9), rng.uniform(0, 0.02))
+            kills += killed(folder, graphs[1], rng.randint(0, 6), rng.uniform(0, 0.02))
             with Gallery.open(folder) as gallery:
                 if gallery.encoder_id == new.encoder_id:
                     break

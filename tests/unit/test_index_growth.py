@@ -15,6 +15,7 @@ import serve.index
 from serve.ann.base import folders
 from serve.ann.choice import IndexLimits
 from serve.catalog import Catalog, Facts
+from serve.errors import GalleryError
 from serve.index import Index, unit_vectors
 from serve.sources import Sample
 
@@ -91,11 +92,12 @@ def test_an_exact_base_that_is_too_slow_is_outgrown_and_one_is_chosen(tmp_path, 
     assert recall(index, catalog) >= 0.9
     (base,) = folders(tmp_path / "index")
     assert (base / "report.png").is_file()
+    described = index.describe()
     index.close()
     with caplog.at_level(logging.INFO):
         again = Index(catalog, tmp_path / "index")
     assert again.limits == QUICK
-    assert again.describe() == index.describe()
+    assert again.describe() == described
     assert again.problems() == []
     assert caplog.messages == []
     assert not again._state.due
@@ -280,3 +282,17 @@ def test_a_newer_base_of_another_process_is_taken_over(tmp_path, catalog):
     two.save()
     assert two.unsaved == 0
     assert two._state.base.folder == one._state.base.folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
+def test_a_closed_index_lets_go_of_its_files_and_finds_nothing_untrue(tmp_path, catalog):
+    add(catalog, 300)
+    index = Index(catalog, tmp_path / "index", QUICK)
+    index.save()
+    query = catalog.vector(1)[None]
+    assert index.search(query, 1)[1].tolist() == [[1]]
+    assert str(tmp_path / "index") in Path("/proc/self/maps").read_text()
+    index.close()
+    assert str(tmp_path / "index") not in Path("/proc/self/maps").read_text()
+    with pytest.raises(GalleryError, match="has been closed; open it again"):
+        index.search(query, 1)
