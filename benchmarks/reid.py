@@ -134,9 +134,10 @@ class Data:
         self.queries = np.load(folder / f"{name}_query.npy")[:limit]
         self.gallery = np.load(folder / f"{name}_gallery.npy", mmap_mode=mode)[: None if limit is None else 40 * limit]
         query, gallery = np.load(folder / f"{name}_query.npz"), np.load(folder / f"{name}_gallery.npz")
+        known = gallery["identities"][: len(self.gallery)]
         self.labels = (
             query["identities"][:limit],
-            gallery["identities"][: len(self.gallery)],
+            known if limit is None else np.resize(query["identities"][:limit], len(known)),  # that all have a match
             query["cameras"][:limit],
             gallery["cameras"][: len(self.gallery)],
         )
