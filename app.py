@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.middleware import Middleware
 
-from serve.catalog import Item
 from serve.classify import Head
 from serve.datasets.market import MARKET_NAME
 from serve.encoder import Encoder
@@ -34,11 +33,13 @@ from serve.errors import SimclrError, SourceError
 from serve.filters import FIELDS, And, Condition, Where, parse_where
 from serve.gallery import Gallery
 from serve.gateway.beside import ApiFirst
+from serve.item import Item
 from serve.ports import busy_reason
 from serve.preprocess import ImageError, decode
 from serve.reid import RankedHit, rank
+from serve.samples import JUNK_IDENTITY
 from serve.search import Hit
-from serve.sources import JUNK_IDENTITY, read_bytes
+from serve.sources import read_bytes
 
 THUMBNAIL_PX, EXAMPLES, MAX_HITS, MAX_CHOICES, TOP_CLASSES = 256, 8, 60, 1000, 5
 NOBODY = (JUNK_IDENTITY, "0000")

@@ -28,7 +28,8 @@ from export.demo import fitting_config, former_config
 from serve.encoder import Encoder
 from serve.files import atomic_path
 from serve.protocols.run import Options, evaluate_pictures
-from serve.sources import ImageSet, Sample, open_source, read_batches
+from serve.samples import ImageSet, Sample
+from serve.sources import open_source, read_batches
 from train.checkpoint import CARD, CHECKPOINT
 from train.config import PretrainConfig
 from train.data import preprocess_for

@@ -43,7 +43,7 @@ from serve.loadtest.loops import Load, Samples, event_loop, poisson_arrivals  # 
 from serve.loadtest.report import percentiles_ms  # noqa: E402
 from serve.loadtest.requests import draw_pictures, gateway_bodies  # noqa: E402
 from serve.loadtest.targets import HttpTarget, Kind, Target  # noqa: E402
-from serve.sources import Sample  # noqa: E402
+from serve.samples import Sample  # noqa: E402
 
 TIMEOUT_S = 30
 SIDES = ("encoder", "api", "overload")

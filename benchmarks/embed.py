@@ -123,7 +123,7 @@ def run_side(side: str, model: Path, images: Path) -> None:
 def our_side(model: Path, side: str) -> Callable[[list[Path]], np.ndarray]:  # noqa: ARG001  # one signature for all sides
     from serve.bulk import embed_samples
     from serve.encoder import open_encoder
-    from serve.sources import Sample
+    from serve.samples import Sample
 
     encoder = open_encoder(model)
     return lambda files: embed_samples(encoder, [Sample(str(file)) for file in files], "embedding")[0]

@@ -31,7 +31,8 @@ from serve.identity.open_set import fpir, interval, tpir
 from serve.identity.rolling import RollingReid
 from serve.identity.tracks import follow, scored
 from serve.identity.trials import choose_threshold, run_trials
-from serve.sources import JUNK_IDENTITY, Sample, open_source
+from serve.samples import JUNK_IDENTITY, Sample
+from serve.sources import open_source
 from train.demo_data import DISTRACTOR_IDENTITY
 
 ENROLLED = 60

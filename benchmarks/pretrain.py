@@ -138,7 +138,7 @@ class Keeper:
 
 def train_ours(pixels: np.ndarray, arguments: argparse.Namespace) -> None:
     """Our own loop, the learning rate's schedule ending with the time."""
-    from serve.sources import ImageSet, Sample
+    from serve.samples import ImageSet, Sample
     from train.config import PretrainConfig
     from train.data import Pixels
     from train.pretrain import ready_trainer, samples_per_second_of

@@ -141,7 +141,7 @@ def embeddings(parquet: Path) -> tuple[np.ndarray, np.ndarray]:
 def fill(_: str, data: Path) -> dict[str, Any]:
     """Put the rows into a gallery: durable, in batches, with the index growing beside."""
     from serve.gallery import Gallery
-    from serve.sources import Sample
+    from serve.samples import Sample
     from serve.transfer.declared import Declared, foreign_manifest
 
     rows, clusters = np.load(data / "rows.npy", mmap_mode="r"), np.load(data / "clusters.npy")
@@ -257,7 +257,7 @@ def filtered(_: str, data: Path) -> dict[str, Any]:
 def live(_: str, data: Path) -> dict[str, Any]:
     """Adding and removing, and what that does to searches."""
     from serve.gallery import Gallery
-    from serve.sources import Sample
+    from serve.samples import Sample
 
     queries, fresh = np.load(data / "queries.npy"), mixture(20_000, seed=7)[0][:, : np.load(data / "queries.npy").shape[1]]
     with Gallery.open(data / "gallery") as gallery:

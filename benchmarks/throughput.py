@@ -96,7 +96,7 @@ def show(network: str, rates: dict[str, list[float]]) -> None:
 
 def train_ours(pixels: np.ndarray, network: str, batch_size: int, steps: int) -> float:
     """Our own loop: `Trainer._one_step`, everything it does included."""
-    from serve.sources import ImageSet, Sample
+    from serve.samples import ImageSet, Sample
     from train.config import PretrainConfig
     from train.data import Pixels
     from train.pretrain import ready_trainer

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
+from commands.options import check_ports
 from serve.errors import SimclrError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from serve.contract import Manifest
-
-from commands.options import check_ports
 
 
 @dataclass(frozen=True, kw_only=True)

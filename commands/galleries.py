@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from tyro.conf import Positional, arg
 
-from serve.errors import GalleryError, SimclrError, SourceError
-
-if TYPE_CHECKING:
-    from serve.catalog import Known
-
 from commands.opening import GalleryName, open_gallery
 from commands.options import check_choice, chosen_ids, json_object
-from commands.telling import quarantine_of, tell_unreadable, write_json
+from commands.telling import quarantine_of, tell_added, write_json
+from serve.errors import GalleryError, SimclrError
+
+if TYPE_CHECKING:
+    from serve.item import Known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +39,7 @@ class GalleryAdd:
         quarantine = self.quarantine or quarantine_of(self.gallery)
         with open_gallery(self.gallery, self.encoder, create=True) as gallery:
             report = add_pictures(gallery, images.gallery or images.everything, quarantine)
-            tell_unreadable(report.unreadable, quarantine)
-            if report.unreadable and not report.ids and not report.already_present:
-                raise SourceError(f"{self.images}: none of {len(report.unreadable)} pictures can be read; nothing was added")
+            tell_added(report, quarantine, self.images)
             print(f"{self.gallery}: {len(report.ids)} added, {report.already_present} were there, {len(gallery)} in all")
 
 

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from serve.errors import SimclrError, SourceError
+from commands.opening import GalleryName, IdentityName, is_run, open_encoder, open_gallery
+from commands.options import check_choice
+from commands.telling import quarantine_of, tell_added, tell_left_out, write_json
+from serve.errors import SimclrError
 from serve.protocols.names import Flip, ProtocolName
 
 if TYPE_CHECKING:
     from serve.encoder import Encoder
     from serve.gallery import Gallery
     from serve.protocols.run import Outcome
-
-from commands.opening import GalleryName, IdentityName, open_encoder, open_gallery
-from commands.options import check_choice
-from commands.telling import quarantine_of, tell_left_out, tell_unreadable, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ class ReidEvaluate:
     def _encoder(self, spec: str) -> Encoder:
         """Plain features where they are to be added up and the encoder has them: a RUN's."""
         mirrored = self.protocol == "sysu30k" if self.flip is None else self.flip != "none"
-        if mirrored and (Path(spec) / "encoder.json").is_file():
+        if mirrored and is_run(spec):
             from train.torch_encoder import open_run
 
             return open_run(Path(spec), unit=False)
@@ -126,7 +125,8 @@ class ReidEnrol:
 
     def __call__(self) -> None:
         from serve.identity.identities import enrol, named
-        from serve.sources import Sample, open_source
+        from serve.samples import Sample
+        from serve.sources import open_source
 
         found = open_source(self.images) if self.images is not None else None
         samples = (found.gallery or found.everything) if found else [Sample(str(path.absolute())) for path in self.image]
@@ -134,9 +134,7 @@ class ReidEnrol:
         quarantine = quarantine_of(self.gallery)
         with open_gallery(self.gallery, self.encoder, create=True) as gallery:
             report = enrol(gallery, wanted, quarantine)
-        tell_unreadable(report.unreadable, quarantine)
-        if report.unreadable and not report.ids and not report.already_present:
-            raise SourceError(f"none of {len(report.unreadable)} pictures can be read; nothing was added")
+        tell_added(report, quarantine, self.images or "--image")
         print(f"{self.gallery}: {len(report.ids)} enrolled, {report.already_present} were there")
 
 

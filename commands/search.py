@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
+from commands.opening import GalleryName, open_gallery
 from serve.errors import SimclrError
 
 if TYPE_CHECKING:
     from serve.gallery import Gallery
-
-from commands.opening import GalleryName, open_gallery
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve.errors import SourceError
+
 if TYPE_CHECKING:
-    from serve.sources import Unreadable
+    from serve.gallery import AddReport
+    from serve.samples import Unreadable
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
@@ -37,3 +40,10 @@ def tell_left_out(unreadable: Sequence[Unreadable]) -> None:
     """On stderr, the first few."""
     for picture in unreadable[:10]:
         print(f"left out: {picture.reason}", file=sys.stderr)
+
+
+def tell_added(report: AddReport, quarantine: Path, source: str) -> None:
+    """What was left out of an addition. Raises: SourceError if that was everything."""
+    tell_unreadable(report.unreadable, quarantine)
+    if report.unreadable and not report.ids and not report.already_present:
+        raise SourceError(f"{source}: none of {len(report.unreadable)} pictures can be read; nothing was added")

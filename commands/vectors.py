@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from commands.opening import GalleryName, absolute, open_encoder
+from commands.telling import tell_unreadable
 from serve.errors import SimclrError
 
 if TYPE_CHECKING:
     from serve.bulk_shards import Engine
     from serve.encoder import Encoder
-
-from commands.opening import GalleryName, absolute, open_encoder
-from commands.telling import tell_unreadable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,9 @@ from serve.heads.labelled import labelled_pictures
 from serve.ports import HOST
 from serve.preprocess import ImageError, decode
 from serve.protocols.run import Options, evaluate_pictures
+from serve.samples import ImageSet, Sample
 from serve.signals import stopped_by_sigterm
-from serve.sources import ImageSet, Sample, open_source, read_batches, read_bytes
+from serve.sources import open_source, read_batches, read_bytes
 from serve.triton.client import TritonEncoder
 from serve.triton_server import TritonServer
 from train.checkpoint import CARD, CHECKPOINT, CONFIG, METRICS, load_encoder

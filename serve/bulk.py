@@ -29,7 +29,8 @@ from serve.encoder import Encoder
 from serve.errors import SimclrError, SourceError
 from serve.gallery import AddReport, Gallery
 from serve.quarantine import read_quarantine, write_quarantine
-from serve.sources import JUNK_IDENTITY, Sample, Unreadable, open_source, printable
+from serve.samples import JUNK_IDENTITY, Sample, Unreadable
+from serve.sources import open_source, printable
 
 
 def add_pictures(gallery: Gallery, samples: Sequence[Sample], quarantine: Path | None = None) -> AddReport:

@@ -23,7 +23,8 @@ from serve.contract import METADATA_KEY, Manifest
 from serve.encoder import Encoder
 from serve.errors import EncoderMismatch, SourceError
 from serve.files import atomic_path
-from serve.sources import Sample, Unreadable, name_fault, printable, read_batches
+from serve.samples import Sample, Unreadable
+from serve.sources import name_fault, printable, read_batches
 
 SHARD_SIZE = 1024
 """Pictures: what a killed process loses at most, for each shard that it had under way."""

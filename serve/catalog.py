@@ -27,10 +27,9 @@ from serve.catalog_file import CatalogFile
 from serve.catalog_schema import COLUMNS, ENCODER_SPEC, INSERT, SINCE, Facts, prepare, sealed
 from serve.errors import GalleryError, Reembedded
 from serve.filters import EVERYTHING, TEXT_FIELDS, Where
-from serve.item import Item as Item
-from serve.item import Known as Known
-from serve.item import columns_of, natural_key, new_item, relabelled, require_known
-from serve.sources import Sample, name_fault
+from serve.item import Item, Known, columns_of, natural_key, new_item, relabelled, require_known
+from serve.samples import Sample
+from serve.sources import name_fault
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from serve.dedup.neighbours import Neighbours
 from serve.dedup.stars import Near, members, stars
 from serve.errors import GalleryError
 from serve.gallery import Gallery
-from serve.sources import Unreadable
+from serve.samples import Unreadable
 
 _SAME = 0.999
 """Equal pictures are at least so similar: a vector's last bits change from batch to batch, and with how a JPEG is reduced."""

@@ -15,7 +15,7 @@ from serve.errors import GalleryError, Reembedded
 from serve.filters import Where
 from serve.gallery_folder import CATALOG_NAME, INDEX_NAME, bytes_on_disk, prepare_folder, tidy
 from serve.index import Index
-from serve.sources import Sample
+from serve.samples import Sample
 from serve.store import Description, Found
 
 

@@ -19,8 +19,9 @@ from serve.folder_store import FolderStore, open_folder
 from serve.index import unit_vectors
 from serve.item import Item, Known
 from serve.pictures import Picture
+from serve.samples import Sample, Unreadable
 from serve.search import Hit, Searcher
-from serve.sources import Sample, Unreadable, name_fault, printable, read_batches
+from serve.sources import name_fault, printable, read_batches
 from serve.store import Store, check_encoder, facts_of
 
 _Batch: TypeAlias = tuple[list[Sample], NDArray[np.float32], list[Unreadable]]

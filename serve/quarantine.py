@@ -8,7 +8,7 @@ from pathlib import Path
 
 from serve.errors import SourceError
 from serve.files import atomic_path
-from serve.sources import Unreadable
+from serve.samples import Unreadable
 
 
 def write_quarantine(path: Path, unreadable: Sequence[Unreadable]) -> None:

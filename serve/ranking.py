@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.neighbours import pair_distances, rounding
-from serve.sources import JUNK_IDENTITY
+from serve.samples import JUNK_IDENTITY
 
 Labels = Sequence[str] | Sequence[int]
 _CHUNK_GALLERY, _BLOCK_QUERIES, _BLOCK_PAIRS = 10_240, 256, 1024

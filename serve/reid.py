@@ -12,8 +12,8 @@ from serve.errors import GalleryError
 from serve.filters import And, Condition, Where, as_where
 from serve.gallery import Gallery
 from serve.pictures import Picture
+from serve.samples import JUNK_IDENTITY
 from serve.search import Hit
-from serve.sources import JUNK_IDENTITY
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,7 @@ from serve.datasets.tree import IMAGE_SUFFIXES, Tree, sample_named
 from serve.errors import SourceError
 from serve.listing import list_files
 from serve.preprocess import TRAITS, ImageError, decode, load_image
-from serve.samples import JUNK_IDENTITY as JUNK_IDENTITY
-from serve.samples import ImageSet as ImageSet
-from serve.samples import Sample as Sample
-from serve.samples import Unreadable as Unreadable
+from serve.samples import ImageSet, Sample, Unreadable
 
 _MEMBER = re.compile(r"(?<=\.zip|\.tar|\.bin)!/", re.IGNORECASE)  # a folder may be called `wow!`
 _ROLES = ("train", "test", "query", "gallery")

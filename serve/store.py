@@ -14,7 +14,7 @@ from serve.catalog_schema import Facts
 from serve.errors import EncoderMismatch, GalleryError
 from serve.filters import Where
 from serve.item import Item, Known
-from serve.sources import Sample
+from serve.samples import Sample
 
 if TYPE_CHECKING:  # who knows hits alone, as clients do, needs no encoder
     from serve.encoder import Encoder

@@ -10,7 +10,7 @@ from serve.encoder import OnnxEncoder
 from serve.gallery import Gallery
 from serve.gateway.http_server import serve_api
 from serve.gateway.limits import Limits
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.bad_images import good
 from tests.toy_encoder import toy_head, write_toy_encoder
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from serve.sources import Sample
+from serve.samples import Sample
 
 
 def vectors_of(count, seed=0, dim=16):

@@ -16,7 +16,7 @@ from serve.catalog import Catalog
 from serve.catalog_schema import Facts
 from serve.gallery import Gallery
 from serve.gallery_folder import CATALOG_NAME
-from serve.sources import Sample
+from serve.samples import Sample
 
 DIM = 16
 Step = dict[str, Any]

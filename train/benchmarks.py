@@ -10,7 +10,7 @@ from typing import Any
 from serve.contract import Manifest, Preprocess
 from serve.errors import TrainingError
 from serve.literature import Network, compare, network_of
-from serve.sources import ImageSet, Sample
+from serve.samples import ImageSet, Sample
 from train.finetune import Start
 from train.linear import LINEAR_SGD, Recipe
 from train.probe import groups_of, split_for_scoring

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from serve.contract import Preprocess
 from serve.errors import SourceError
 from serve.preprocess import ImageError, decode
-from serve.sources import Sample, Unreadable, read_batches, read_bytes
+from serve.samples import Sample, Unreadable
+from serve.sources import read_batches, read_bytes
 from train.augment import SimCLRAugment
 from train.positives import Tracks
 

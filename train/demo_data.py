@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from serve.files import atomic_folder
-from serve.sources import JUNK_IDENTITY
+from serve.samples import JUNK_IDENTITY
 from train.demo_figure import FACINGS, Facing, Look, Pen, draw_person, look_of, shade
 
 WIDTH_PX, HEIGHT_PX, JPEG_QUALITY = 64, 128, 90

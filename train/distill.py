@@ -19,7 +19,8 @@ from serve.bulk import embed_samples
 from serve.classify import Head
 from serve.contract import Manifest
 from serve.encoder import Encoder as ServedEncoder
-from serve.sources import ImageSet, open_source
+from serve.samples import ImageSet
+from serve.sources import open_source
 from train.checkpoint import (
     load_checkpoint,
     refuse_other_settings,

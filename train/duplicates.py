@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from serve.dedup.files import digest
-from serve.sources import Sample
+from serve.samples import Sample
 
 THUMBNAIL_PX = 16
 FINGERPRINT = np.dtype([("digest", np.uint64), ("thumbnail", np.uint8, (THUMBNAIL_PX, THUMBNAIL_PX))])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serve.errors import TrainingError
-from serve.sources import ImageSet, Sample
+from serve.samples import ImageSet, Sample
 from train import distributed
 from train.config import PretrainConfig
 from train.data import Pixels, load_pixels, training_frame

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from serve.errors import ContractError, TrainingError
-from serve.sources import Sample
+from serve.samples import Sample
 from train.checkpoint import CHECKPOINT, load_checkpoint
 from train.data import step_generator
 from train.encoder import ProjectionHead

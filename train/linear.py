@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from serve.contract import Preprocess
 from serve.errors import TrainingError
-from serve.sources import Sample, Unreadable, read_batches
+from serve.samples import Sample, Unreadable
+from serve.sources import read_batches
 from train.augment import SimCLRAugment
 from train.data import Batch, load_pixels, memory_shortage, step_generator, step_rows, training_frame
 from train.encoder import Encoder

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from serve.contract import Preprocess
-from serve.sources import ImageSet, Sample
+from serve.samples import ImageSet, Sample
 from train.data import load_pixels
 from train.encoder import Encoder
 from train.probe import embed_pixels, groups_of, knn_accuracy, split_for_scoring, spread

@@ -10,7 +10,7 @@ import torch
 
 from serve.contract import Preprocess
 from serve.errors import TrainingError
-from serve.sources import ImageSet
+from serve.samples import ImageSet
 from train.config import PretrainConfig, Stem
 from train.data import memory_shortage, preprocess_for, training_frame
 from train.distributed import world_size

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from serve.errors import TrainingError
-from serve.sources import Sample
+from serve.samples import Sample
 
 
 class Tracks:

@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from serve.contact_sheet import save_sheet
 from serve.errors import TrainingError
-from serve.sources import ImageSet, describe_traits, open_source
+from serve.samples import ImageSet
+from serve.sources import describe_traits, open_source
 from train import distributed
 from train.augment import SimCLRAugment
 from train.checkpoint import (

@@ -20,7 +20,8 @@ from serve.classify import Head
 from serve.encoder import Encoder as ServedEncoder
 from serve.errors import TrainingError
 from serve.heads.fit import HOW_TO_LABEL, fit_head
-from serve.sources import ImageSet, Sample, open_source
+from serve.samples import ImageSet, Sample
+from serve.sources import open_source
 from train.augment import SimCLRAugment
 from train.data import load_pixels, step_generator, training_frame
 from train.encoder import Encoder, UnitEncoder

@@ -15,7 +15,7 @@ from serve.encoder import Encoder as ServedEncoder
 from serve.errors import TrainingError
 from serve.heads.fit import HOW_TO_LABEL
 from serve.literature import comparison_lines
-from serve.sources import Sample
+from serve.samples import Sample
 from train.benchmarks import FRAME, LINEAR_RECIPES, benchmark_of, compare_data, compare_result, compare_start
 from train.checkpoint import load_encoder, save_encoder, write_config
 from train.encoder import Encoder

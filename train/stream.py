@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from serve.contract import Preprocess
 from serve.errors import SourceError, TrainingError
-from serve.sources import Sample, Unreadable, read_picture
+from serve.samples import Sample, Unreadable
+from serve.sources import read_picture
 from train.augment import crop_views
 from train.data import Batch, step_generator
 from train.positives import Tracks

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from serve.errors import GalleryError
 from serve.preprocess import decode, header_size
-from serve.sources import Unreadable, read_as
+from serve.samples import Unreadable
+from serve.sources import read_as
 
 if TYPE_CHECKING:  # training takes its digests from here, and needs no gallery
     from serve.gallery import Gallery

@@ -7,7 +7,8 @@ from PIL import Image
 from serve.contact_sheet import PAPER, RULE, Cell, draw_sheet
 from serve.dedup.groups import Copy, Group
 from serve.duplicates import Duplicates
-from serve.sources import Unreadable, read_picture
+from serve.samples import Unreadable
+from serve.sources import read_picture
 
 _CELL_PX = (112, 112)
 _GROUPS, _OTHERS = 16, 8

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, WithJsonSchema
 from starlette.exceptions import HTTPException
 
-from serve.catalog import Item, Known
 from serve.filters import Condition, Where
 from serve.gallery import Gallery
 from serve.gateway.batching import Batcher
@@ -24,7 +23,8 @@ from serve.gateway.problems import ITEM_PROBLEMS, PICTURE_PROBLEMS, documented
 from serve.gateway.search import ItemId
 from serve.gateway.shelf import Shelf, asked_where, on_item
 from serve.gateway.uploads import PICTURE_BODY, read_picture
-from serve.sources import Sample
+from serve.item import Item, Known
+from serve.samples import Sample
 
 
 def _storable(extra: dict[str, JsonValue]) -> dict[str, JsonValue]:

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from serve.catalog import Item, Known
 from serve.contract import Manifest
 from serve.errors import EncoderMismatch, EncoderUnavailable
 from serve.gateway.limits import Limits
 from serve.http_client.errors import foreign, refusal, unreached
 from serve.http_client.uploads import Options, Upload, alone, encoded, groups, together
+from serve.item import Item, Known
 from serve.preprocess import ImageError
 from serve.search import Hit
 

@@ -19,7 +19,8 @@ from tritonclient.utils import serialize_byte_tensor
 from serve.contract import Manifest
 from serve.errors import SourceError
 from serve.pictures import prepare_batch
-from serve.sources import Unreadable, open_source, read_bytes, read_picture
+from serve.samples import Unreadable
+from serve.sources import open_source, read_bytes, read_picture
 
 MOST = 200
 """Of a source's pictures: enough that no cache remembers all of them, few enough to lie ready in memory."""

@@ -28,7 +28,8 @@ from serve.milvus.address import Address
 from serve.milvus.collection import BLOCK_ROWS, MOST_FOUND, Collection
 from serve.milvus.expression import among, expression
 from serve.milvus.rows import FIELDS, Row, item_of, row_of
-from serve.sources import Sample, name_fault
+from serve.samples import Sample
+from serve.sources import name_fault
 from serve.store import Description, Found, needed
 
 _BLOCK_QUERIES = 256

@@ -12,10 +12,11 @@ from serve.contract import Manifest, Preprocess
 from serve.encoder import Encoder
 from serve.errors import SourceError
 from serve.literature import compare, comparison_lines, network_of
+from serve.samples import Unreadable
 from serve.shape_bias.classes import columns_of, decide
 from serve.shape_bias.cue_conflict import Stimulus, differences, read_stimuli
 from serve.shape_bias.tally import tally
-from serve.sources import Unreadable, read_batches
+from serve.sources import read_batches
 
 REFERENCES = {(2, "resnet50", width, False): value for width, value in {1: 38.9, 2: 41.7, 4: 40.7}.items()}
 SOURCE = "Geirhos et al. 2020, the official SimCLR weights with their own linear layer"

@@ -12,7 +12,7 @@ from serve.contract import Manifest
 from serve.filters import Condition
 from serve.gallery import Gallery
 from serve.item import Item
-from serve.sources import Sample
+from serve.samples import Sample
 from serve.transfer.declared import Declared
 
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from serve.bulk_shards import WRITER, table_of
-from serve.catalog import Item
 from serve.contract import METADATA_KEY
 from serve.files import atomic_path
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.item import Item
+from serve.samples import Sample
 
 ENCODER_ID_KEY = "simclr_encoder_id"
 

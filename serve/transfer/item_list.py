@@ -20,7 +20,8 @@ from pydantic import JsonValue
 
 from serve.errors import SourceError
 from serve.parquet_list import as_text, check_kind
-from serve.sources import Sample, stated_sample
+from serve.samples import Sample
+from serve.sources import stated_sample
 from serve.transfer.vector_file import Block
 
 SOURCE_COLUMNS = ("source", "path", "image_path", "filepath", "url")

@@ -21,7 +21,8 @@ from serve.gallery import Gallery
 from serve.gallery_folder import CATALOG_NAME, INDEX_NAME
 from serve.index import unit_vectors
 from serve.quarantine import write_quarantine
-from serve.sources import Sample, Unreadable, read_batches
+from serve.samples import Sample, Unreadable
+from serve.sources import read_batches
 from serve.transfer.next_vectors import NextVectors, Version
 
 QUARANTINE_NAME = "unreadable.jsonl"

@@ -15,7 +15,8 @@ from serve.classify import Head
 from serve.contract import Manifest, Preprocess, TensorSpec
 from serve.gallery import Gallery
 from serve.pictures import Picture, prepare_batch
-from serve.sources import Sample, open_source
+from serve.samples import Sample
+from serve.sources import open_source
 from train.demo_data import DemoSet, draw_demo_set
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -104,7 +105,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
+# Not of the session: Playwright's event loop runs on this thread until it is closed, and asyncio.run of later tests is refused.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if not CHROMIUM.is_file():
         pytest.skip(f"no Chromium at {CHROMIUM}")

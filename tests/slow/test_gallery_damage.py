@@ -11,7 +11,7 @@ import pytest
 
 from serve.errors import GalleryError
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.gallery_writer import new_gallery, vectors_of
 
 FILTERS = ("label = l1", "camera != 2", "identity in (3, 4)", "time >= 20", "extra.box = 7", "source = new7")

@@ -13,7 +13,7 @@ import resource, sys
 from pathlib import Path
 from serve.errors import GalleryError
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.gallery_writer import vectors_of
 
 def room(limited):

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.gallery_writer import new_gallery, vectors_of
 
 CONTEXT = multiprocessing.get_context("spawn")

@@ -13,7 +13,7 @@ from PIL import Image
 import serve.transfer.reembed
 from serve.encoder import OnnxEncoder
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 from serve.transfer.next_vectors import NextVectors
 from serve.transfer.reembed import reembed
 from tests.toy_encoder import write_toy_encoder

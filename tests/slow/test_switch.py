@@ -12,7 +12,7 @@ from export.versions import roll_back
 from serve.encoder import open_encoder
 from serve.errors import EncoderMismatch, EncoderUnavailable
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 from serve.triton.client import TritonEncoder
 from serve.triton.model_control import KEY_VARIABLE, changed_on
 from serve.triton_server import TritonServer

@@ -10,7 +10,7 @@ from PIL import Image
 from serve.contract import Manifest, Preprocess, TensorSpec
 from serve.gallery import Gallery
 from serve.pictures import Picture, prepare_batch
-from serve.sources import Sample
+from serve.samples import Sample
 
 TOY_DIM = 16
 

@@ -15,7 +15,7 @@ from serve.gateway.keys import SCOPES, Keyring, add_key
 from serve.gateway.limits import Limits
 from serve.gateway.rates import Rates
 from serve.ports import is_loopback
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.asgi_client import PNG, ask, problem
 from tests.bad_images import good
 from tests.toy_encoder import toy_head, write_toy_encoder

@@ -14,7 +14,7 @@ from serve.encoder import OnnxEncoder
 from serve.errors import EncoderMismatch
 from serve.gallery import Gallery
 from serve.gateway.limits import Limits
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.asgi_client import PNG, ask, client, form, problem
 from tests.bad_images import good
 from tests.toy_encoder import DIM, write_toy_encoder

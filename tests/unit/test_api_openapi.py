@@ -8,13 +8,13 @@ from fastapi.openapi.models import OpenAPI
 from pydantic import TypeAdapter
 
 from serve.api import create_api
-from serve.catalog import Item
 from serve.encoder import OnnxEncoder
 from serve.gallery import Gallery
 from serve.gateway.guard import needed_scope
 from serve.gateway.items import ItemsPage, ItemVector
 from serve.gateway.keys import Keyring, add_key
 from serve.gateway.search import SearchAnswer, SearchQuery
+from serve.item import Item
 from tests.asgi_client import ask
 from tests.toy_encoder import toy_head, write_toy_encoder
 

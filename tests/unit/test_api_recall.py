@@ -14,7 +14,7 @@ from serve.gallery import Gallery
 from serve.gateway import recall
 from serve.gateway.metrics import Metrics
 from serve.gateway.recall import RecallCanary
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.asgi_client import client
 
 

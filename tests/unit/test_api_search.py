@@ -9,7 +9,7 @@ from serve.api import create_api
 from serve.encoder import OnnxEncoder
 from serve.gallery import Gallery
 from serve.gateway.limits import MAX_HITS, MAX_OFFSET
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.asgi_client import PNG, ask, form, problem
 from tests.bad_images import good
 from tests.toy_encoder import DIM, write_toy_encoder

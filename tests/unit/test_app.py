@@ -14,7 +14,7 @@ from app import Desk, build_app, serve_app
 from serve.classify import Head
 from serve.errors import EncoderMismatch, EncoderUnavailable, SimclrError
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 
 HOSTILE = "</span><script>alert(1)</script>{{#each}}${1}`\"'"
 

@@ -18,7 +18,8 @@ from serve.bulk_local import embed_here
 from serve.contract import METADATA_KEY, Manifest
 from serve.errors import EncoderUnavailable, SimclrError, SourceError
 from serve.gallery import Gallery
-from serve.sources import Sample, open_source
+from serve.samples import Sample
+from serve.sources import open_source
 
 
 def draw(path, seed=0):

@@ -11,7 +11,7 @@ import pytest
 
 from serve.bulk_shards import PART_NAME, SHARD_SIZE, embed_shard, join_parts, plan_shards, read_outcome
 from serve.errors import EncoderMismatch, SourceError
-from serve.sources import Sample
+from serve.samples import Sample
 
 SAMPLES = [Sample(f"/pictures/{i}.png", label=f"class {i % 3}", time=i / 2) for i in range(200)]
 

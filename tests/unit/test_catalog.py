@@ -11,11 +11,12 @@ import pytest
 import serve.catalog
 import serve.catalog_file
 import serve.catalog_schema
-from serve.catalog import Catalog, Change, Item, natural_key
+from serve.catalog import Catalog, Change
 from serve.catalog_schema import COLUMNS, Facts, page_bytes
 from serve.errors import GalleryError
 from serve.filters import EVERYTHING, parse_where
-from serve.sources import Sample
+from serve.item import Item, natural_key
+from serve.samples import Sample
 
 DIM = 4
 FACTS = Facts(encoder_id="e" * 16, encoder_name="toy", embedding_dim=DIM, manifest="{}")
@@ -196,7 +197,7 @@ from pathlib import Path
 import numpy as np
 from serve.catalog import Catalog
 from serve.errors import GalleryError
-from serve.sources import Sample
+from serve.samples import Sample
 
 catalog = Catalog(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))

@@ -8,7 +8,7 @@ import pytest
 from serve.catalog import Catalog, Facts
 from serve.errors import GalleryError
 from serve.index import unit_vectors
-from serve.sources import Sample
+from serve.samples import Sample
 
 FACTS = Facts(encoder_id="e" * 16, encoder_name="toy", embedding_dim=2, manifest="{}")
 VECTOR = unit_vectors([[3, 4]], 2)

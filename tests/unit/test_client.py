@@ -27,7 +27,7 @@ from serve.gateway.limits import Limits
 from serve.http_client.calls import Calls
 from serve.http_client.uploads import groups
 from serve.preprocess import ImageError
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.bad_images import encoded, good
 from tests.gated_encoder import GatedEncoder
 from tests.toy_encoder import DIM, toy_head, write_toy_encoder

@@ -11,7 +11,7 @@ from PIL import Image
 from serve.contract import Preprocess
 from serve.errors import SourceError
 from serve.preprocess import load_image
-from serve.sources import Sample
+from serve.samples import Sample
 from train import data
 from train.data import epoch_order, load_pixels, preprocess_for, sources_sha256, step_generator, training_frame
 

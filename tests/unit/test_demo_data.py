@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.sources import ImageSet, Sample, open_source
+from serve.samples import ImageSet, Sample
+from serve.sources import open_source
 from train import demo_data
 from train.demo_data import DemoSet, draw_demo_set
 from train.demo_figure import PATTERNS, Look, Pen, draw_person, look_of

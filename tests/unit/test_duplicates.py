@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from serve.contract import Preprocess
-from serve.sources import Sample, open_source
+from serve.samples import Sample
+from serve.sources import open_source
 from train import duplicates
 from train.duplicates import FINGERPRINT, NEAR_CORRELATION, find_duplicates, fingerprints, report_duplicates
 

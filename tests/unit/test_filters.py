@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.catalog import Item
 from serve.errors import GalleryError
 from serve.filters import (
     EVERYTHING,
@@ -22,6 +21,7 @@ from serve.filters import (
     Where,
     parse_where,
 )
+from serve.item import Item
 
 ITEMS = [
     Item(1, "x.jpg", "cat", "a", "1", 50.0, {"blur": 0.5, "place": "yard", "night": True, "shot on": "2024-01-31"}),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from serve.errors import ContractError, TrainingError
-from serve.sources import Sample
+from serve.samples import Sample
 from train.checkpoint import save_checkpoint
 from train.encoder import Encoder, ProjectionHead, SimCLR
 from train.finetune import head_of, label_subset, listed, recipe_for

@@ -13,7 +13,7 @@ from serve.contract import Manifest
 from serve.errors import EncoderMismatch, GalleryError
 from serve.gallery import Gallery
 from serve.preprocess import ImageError
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.gallery_items import samples_of, vectors_of
 
 

@@ -18,7 +18,7 @@ from serve.dedup.stars import members, stars
 from serve.duplicates import find_duplicates, typical_threshold
 from serve.errors import GalleryError
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 
 DIM = 16
 

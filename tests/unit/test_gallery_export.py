@@ -10,7 +10,7 @@ import pytest
 from serve.contract import METADATA_KEY, Manifest
 from serve.errors import GalleryError
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 from serve.transfer.exporting import ENCODER_ID_KEY, export_gallery
 from serve.transfer.importing import import_vectors
 

@@ -16,7 +16,7 @@ import serve.ann.build
 from serve.contract import Manifest
 from serve.errors import GalleryError
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.gallery_items import samples_of, vectors_of
 
 
@@ -134,7 +134,7 @@ def test_the_index_of_another_gallery_is_not_believed(gallery, tmp_path, toy_enc
 KILLED = """
 import sys, numpy as np
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 
 gallery = Gallery.open(sys.argv[1])
 rng = np.random.default_rng()
@@ -196,7 +196,7 @@ import resource, sys
 import numpy as np
 from serve.errors import GalleryError
 from serve.gallery import Gallery
-from serve.sources import Sample
+from serve.samples import Sample
 
 gallery = Gallery.open(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))

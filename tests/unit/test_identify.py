@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from serve.errors import EncoderMismatch, GalleryError
 from serve.gallery import Gallery
 from serve.identity.identify import identify, outgrown, rank_identities, summary
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.unit.test_calibration import calibration
 
 DIM = 16

@@ -8,7 +8,7 @@ from serve.errors import GalleryError, SourceError
 from serve.gallery import Gallery
 from serve.identity import audit
 from serve.identity.identities import enrol, forget, merge, named, rename, split
-from serve.sources import Sample
+from serve.samples import Sample
 
 DIM = 16
 

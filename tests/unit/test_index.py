@@ -14,7 +14,7 @@ from serve.ann.base import folders
 from serve.catalog import Catalog, Facts
 from serve.errors import GalleryError
 from serve.index import Index, unit_vectors
-from serve.sources import Sample
+from serve.samples import Sample
 
 DIM = 8
 FACTS = Facts(encoder_id="e" * 16, encoder_name="toy", embedding_dim=DIM, manifest="{}")

@@ -17,7 +17,7 @@ from serve.ann.choice import IndexLimits
 from serve.catalog import Catalog, Facts
 from serve.errors import GalleryError
 from serve.index import Index, unit_vectors
-from serve.sources import Sample
+from serve.samples import Sample
 
 DIM = 16
 FACTS = Facts(encoder_id="e" * 16, encoder_name="toy", embedding_dim=DIM, manifest="{}")
@@ -234,7 +234,7 @@ import serve.index, serve.ann.state
 from pathlib import Path
 from serve.catalog import Catalog
 from serve.index import Index, unit_vectors
-from serve.sources import Sample
+from serve.samples import Sample
 
 serve.index.MANY_ROWS = serve.ann.state.MANY_ROWS = 100
 folder, name = Path(sys.argv[1]), sys.argv[2]

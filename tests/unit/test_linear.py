@@ -15,7 +15,8 @@ from torch import nn
 
 from serve.contract import Preprocess
 from serve.errors import TrainingError
-from serve.sources import Sample, open_source
+from serve.samples import Sample
+from serve.sources import open_source
 from train import linear as module
 from train.augment import SimCLRAugment
 from train.benchmarks import LINEAR_RECIPES

@@ -11,7 +11,7 @@ from serve.errors import GalleryError
 from serve.gallery import Gallery
 from serve.milvus.address import Address
 from serve.milvus.collection import BLOCK_ROWS, MOST_FOUND
-from serve.sources import Sample
+from serve.samples import Sample
 from tests.gallery_items import samples_of, vectors_of
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from serve.contract import Preprocess
 from serve.preprocess import load_image
-from serve.sources import ImageSet, Sample
+from serve.samples import ImageSet, Sample
 from train.encoder import Encoder, ProjectionHead, SimCLR
 from train.loss import nt_xent_loss
 from train.online import OnlineProbe, OnlineSet

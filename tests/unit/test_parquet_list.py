@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from serve.errors import SourceError
-from serve.sources import Sample, open_source
+from serve.samples import Sample
+from serve.sources import open_source
 
 
 def refusal(path):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from serve.contract import Preprocess
 from serve.errors import TrainingError
-from serve.sources import Sample
+from serve.samples import Sample
 from train.augment import SimCLRAugment
 from train.config import PretrainConfig
 from train.data import Pixels, epoch_order, load_pixels, preprocess_for, step_generator, step_rows

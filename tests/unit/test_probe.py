@@ -17,7 +17,8 @@ from serve.heads.fit import fit_head
 from serve.heads.labelled import labelled_pictures
 from serve.pictures import Picture, prepare_batch
 from serve.preprocess import load_image
-from serve.sources import ImageSet, Sample, open_source
+from serve.samples import ImageSet, Sample
+from serve.sources import open_source
 from train.encoder import Encoder, UnitEncoder
 from train.probe import (
     embed_pixels,

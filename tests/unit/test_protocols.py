@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from serve.classify import Head
 from serve.contract import Manifest, Preprocess
 from serve.errors import EncoderMismatch, TrainingError
-from serve.sources import ImageSet, Sample
+from serve.samples import ImageSet, Sample
 from train import protocols as module
 from train.benchmarks import BENCHMARKS, FINE_TUNING, FRAME, Benchmark, compare_data, compare_result, compare_start
 from train.checkpoint import load_encoder, save_checkpoint, save_encoder

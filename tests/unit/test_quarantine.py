@@ -6,7 +6,7 @@ import pytest
 
 from serve.errors import SourceError
 from serve.quarantine import read_quarantine, write_quarantine
-from serve.sources import Unreadable
+from serve.samples import Unreadable
 
 BAD = [Unreadable("a b.png", "a b.png: empty file"), Unreadable("ü\n.png", "no\nlines")]
 

@@ -16,7 +16,7 @@ from serve.contract import Manifest
 from serve.errors import EncoderMismatch, GalleryError, Reembedded
 from serve.gallery import Gallery
 from serve.quarantine import read_quarantine
-from serve.sources import Sample
+from serve.samples import Sample
 from serve.transfer.next_vectors import NextVectors
 from serve.transfer.reembed import QUARANTINE_NAME, reembed
 

@@ -4,7 +4,7 @@ import pytest
 from serve.errors import GalleryError
 from serve.gallery import Gallery
 from serve.reid import rank
-from serve.sources import Sample
+from serve.samples import Sample
 
 #          identity, camera: at growing distance from the probe
 PLACED = [("7", "1"), ("7", "2"), ("-1", "2"), ("9", "1"), (None, "3"), ("7", None), ("0", "2"), ("7", "3")]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from serve.errors import GalleryError
 from serve.gallery import Gallery
 from serve.identity.rolling import RollingReid
-from serve.sources import Sample
+from serve.samples import Sample
 
 DIM = 16
 AXES = np.eye(DIM)

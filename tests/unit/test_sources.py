@@ -24,7 +24,8 @@ from serve import sources
 from serve.contract import Preprocess
 from serve.errors import SourceError
 from serve.preprocess import load_image
-from serve.sources import Sample, describe_traits, open_source, read_batches, read_bytes
+from serve.samples import Sample
+from serve.sources import describe_traits, open_source, read_batches, read_bytes
 
 FRAME = Preprocess(height_px=8, width_px=6, resize="stretch", crop=1.0, resample="bicubic", jpeg="full")
 

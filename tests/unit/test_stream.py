@@ -15,7 +15,8 @@ from PIL import Image
 
 from serve.contract import Preprocess
 from serve.errors import SourceError, TrainingError
-from serve.sources import Sample, open_source
+from serve.samples import Sample
+from serve.sources import open_source
 from train import stream as module
 from train.augment import SimCLRAugment
 from train.data import Batch, step_generator, step_rows

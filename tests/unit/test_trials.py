@@ -5,7 +5,7 @@ from serve.errors import GalleryError, SourceError
 from serve.gallery import Gallery
 from serve.identity.open_set import fpir, threshold_at, tpir
 from serve.identity.trials import CURVE_AT, choose_threshold, draw, run_trials
-from serve.sources import Sample
+from serve.samples import Sample
 
 DIM = 16
 
