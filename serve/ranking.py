@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.neighbours import pair_distances, rounding
+from serve.neighbours import pair_distances, pairs_at_once, rounding
 from serve.samples import JUNK_IDENTITY
 
 Labels = Sequence[str] | Sequence[int]
-_CHUNK_GALLERY, _BLOCK_QUERIES, _BLOCK_PAIRS = 10_240, 256, 1024
+_CHUNK_GALLERY, _BLOCK_QUERIES = 10_240, 256
 _THREADS = 2
 """While one sorts, the other multiplies, on all cores."""
 
@@ -115,22 +115,17 @@ class _Count:
             for query, row in enumerate(tile, first):
                 same = self._relevance.same(query) - start
                 row[same[(same >= 0) & (same < len(row))]] = np.inf
-            ordered = np.sort(tile, axis=1)
-            counts += [self._nearer(row, ordered[i], near[first + i], first + i, points) for i, row in enumerate(tile)]
+            counts += [self._nearer(row, near[query], query, points) for query, row in enumerate(tile, first)]
         return np.concatenate(counts)
 
     def _nearer(
-        self,
-        row_C: NDArray[np.float32],
-        ordered_C: NDArray[np.float32],
-        near_N: NDArray[np.float64],
-        query: int,
-        points_CD: NDArray[np.float32],
+        self, row_C: NDArray[np.float32], near_N: NDArray[np.float64], query: int, points_CD: NDArray[np.float32]
     ) -> NDArray[np.intp]:
         """(N,); what float32 leaves open is worked out again."""
         around = (near_N - 2).astype(np.float32)
         low, high = around - self._error, around + self._error
-        nearer, perhaps = np.searchsorted(ordered_C, low), np.searchsorted(ordered_C, high, side="right")
+        rivals = np.sort(row_C[row_C <= high.max(initial=-np.inf)])  # what is farther than the last right one is never asked for
+        nearer, perhaps = np.searchsorted(rivals, low), np.searchsorted(rivals, high, side="right")
         unclear = np.flatnonzero(perhaps > nearer)
         exact = np.full(len(row_C) if len(unclear) else 0, np.nan)
         for i in unclear:
@@ -146,13 +141,15 @@ def _pair_distances(
 ) -> NDArray[np.float64]:
     """Squared distances (P,) of unit vectors; only a few of the gallery's are in memory at once."""
 
+    at_once = pairs_at_once(queries_QD.shape[1])
+
     def block(start: int) -> NDArray[np.float64]:
-        some = slice(start, start + _BLOCK_PAIRS)
+        some = slice(start, start + at_once)
         points = _unit(gallery_GD, item[some], "gallery")
         return pair_distances(queries_QD, points, query[some], np.arange(len(points)))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return np.concatenate([np.empty(0), *pool.map(block, range(0, len(item), _BLOCK_PAIRS))])
+        return np.concatenate([np.empty(0), *pool.map(block, range(0, len(item), at_once))])
 
 
 def _unit(vectors_ND: NDArray[np.floating], rows: NDArray[np.intp], what: str) -> NDArray[np.float32]:

@@ -76,8 +76,8 @@ def test_equals_the_dense_form_in_both_modes(seed, kind, transductive):
 
 def test_equals_the_dense_form_with_the_published_parameters(monkeypatch):
     monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 50)
-    monkeypatch.setattr(neighbours, "_BLOCK_PAIRS", 70)
-    monkeypatch.setattr("serve.reciprocal._BLOCK_PAIRS", 100)
+    monkeypatch.setattr(neighbours, "_BLOCK_VALUES", 1000)
+    monkeypatch.setattr("serve.reciprocal.graph._BLOCK_PAIRS", 100)
     monkeypatch.setattr("serve.rerank._BLOCK_PROBES", 7)
     monkeypatch.setattr("serve.rerank._BLOCK_GALLERY", 30)
     rng = np.random.default_rng(0)

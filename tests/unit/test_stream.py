@@ -113,7 +113,7 @@ def test_a_worker_that_dies_is_named_in_one_line(pictures: tuple[Sample, ...], m
 
 def test_closing_ends_the_workers_though_they_ignore_sigterm(pictures: tuple[Sample, ...]) -> None:
     with closing(stream(pictures, workers=2).batches(steps(total=50))) as batches:
-        next(batches)
+        next(batches), next(batches)  # one of each worker: both have begun
         workers = multiprocessing.active_children()
         assert len(workers) == 2
         for worker in workers:
