@@ -25,17 +25,8 @@ from commands.galleries import (
     GalleryTune,
     GalleryVerify,
 )
-from commands.reid import (
-    ReidCalibrate,
-    ReidEnrol,
-    ReidEvaluate,
-    ReidForget,
-    ReidIdentify,
-    ReidMerge,
-    ReidRename,
-    ReidSplit,
-    ReidTrack,
-)
+from commands.identities import ReidEnrol, ReidForget, ReidMerge, ReidRename, ReidReview, ReidSplit
+from commands.reid import ReidCalibrate, ReidEvaluate, ReidIdentify, ReidTrack
 from commands.search import Search
 from commands.serving import Api, App, BenchServe, Key, Triton
 from commands.training import Distill, Evaluate, FitHead, ImportWeights, Pretrain
@@ -71,6 +62,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "reid enrol": ReidEnrol,
     "reid identify": ReidIdentify,
     "reid calibrate": ReidCalibrate,
+    "reid review": ReidReview,
     "reid rename": ReidRename,
     "reid merge": ReidMerge,
     "reid split": ReidSplit,

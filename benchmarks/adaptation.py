@@ -20,8 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from export.demo import fitting_config, former_config
@@ -29,8 +27,8 @@ from serve.encoder import Encoder
 from serve.files import atomic_path
 from serve.protocols.run import Options, evaluate_pictures
 from serve.samples import ImageSet, Sample
-from serve.sources import open_source, read_batches
-from train.checkpoint import CARD, CHECKPOINT
+from serve.sources import open_source
+from train.checkpoint import CHECKPOINT, is_finished
 from train.config import PretrainConfig
 from train.data import preprocess_for
 from train.demo_data import TRACK_FILE, draw_demo_set
@@ -68,7 +66,7 @@ def contenders(arguments: argparse.Namespace) -> Iterator[tuple[str, Encoder]]:
     plain = open_run(trained(config))
     by_track = open_run(trained(replace(config, positives="track", run=arguments.out / "track")))
     print(f"{'':24}" + "".join(f"{title:>28}" for title in FIGURES.values()))
-    yield "untrained", untrained_like(plain, pictures.train)
+    yield "untrained", untrained(plain.manifest, pictures.train)
     yield "SimCLR, one picture", plain
     yield "SimCLR, one track", by_track
     for path in arguments.weights:
@@ -86,18 +84,9 @@ def settings(run: Path, images: str, pictures: ImageSet, minutes: float) -> Pret
 
 def trained(config: PretrainConfig) -> Path:
     """The finished run: as it is, continued, or from the beginning."""
-    card = config.run / CARD
-    facts = json.loads(card.read_text())["training"] if card.exists() else {}
-    if facts and facts["steps"] == facts["total_steps"]:
+    if is_finished(config.run):
         return config.run
     return pretrain(replace(config, resume=(config.run / CHECKPOINT).exists()))
-
-
-def untrained_like(encoder: TorchEncoder, samples: Sequence[Sample]) -> TorchEncoder:
-    some = samples[:: -(-len(samples) // 512)]
-    return untrained(
-        encoder.manifest, np.concatenate([pixels for _, pixels, _ in read_batches(some, encoder.manifest.preprocess)])
-    )
 
 
 def imported(path: Path, run: Path, samples: Sequence[Sample]) -> TorchEncoder:

@@ -19,12 +19,11 @@ import asyncio
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,10 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from server import add_encoder  # noqa: E402
-
+from benchmarks.overload import gateway  # noqa: E402
+from benchmarks.server import add_encoder  # noqa: E402
 from serve.encoder import Encoder, open_encoder  # noqa: E402
 from serve.gallery import Gallery  # noqa: E402
 from serve.gateway.limits import Limits  # noqa: E402
@@ -71,7 +70,7 @@ def main() -> None:
         add_encoder(models, "photo", **kind)
         encoder = open_encoder(models / "photo")
         fill(Path(scratch) / "gallery", encoder, arguments.gallery)
-        with gateway(models / "photo", Path(scratch) / "gallery") as url:
+        with gateway("--encoder", str(models / "photo"), "--gallery", str(Path(scratch) / "gallery")) as (_, url):
             runs = measure(encoder, f"{url}/v1/search/image?k={arguments.k}", arguments)
     report(runs)
     if arguments.json:
@@ -84,17 +83,6 @@ def fill(folder: Path, encoder: Encoder, count: int) -> None:
     with Gallery.open(folder, encoder, create=True) as gallery:
         gallery.add([Sample(f"{number}.jpg", label=str(number % 100)) for number in range(count)], vectors_ND, batch_size=4096)
         print(f"gallery   {gallery.info().index}", flush=True)
-
-
-@contextmanager
-def gateway(encoder: Path, gallery: Path) -> Iterator[str]:
-    command = [sys.executable, str(ROOT / "cli.py"), "api", "--encoder", str(encoder), "--gallery", str(gallery), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield next(word for word in process.stdout.readline().split() if word.startswith("http://"))
-        finally:
-            process.terminate()
 
 
 class InProcess:
@@ -120,25 +108,24 @@ def measure(encoder: Encoder, url: str, arguments: argparse.Namespace) -> dict[s
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with asyncio.Runner(loop_factory=event_loop) as runner:
         for seed in range(arguments.repeats):
-            runs["encoder"].append(figures(runner.run(closed(here, arguments))))
-            runs["api"].append(figures(runner.run(closed(there, arguments))))
+            runs["encoder"].append(figures(runner.run(under_load(here, arguments))))
+            runs["api"].append(figures(runner.run(under_load(there, arguments))))
             rate = arguments.factor * runs["api"][-1]["answered_per_s"]
-            runs["overload"].append(figures(runner.run(overload(there, rate, seed, arguments))))
+            runs["overload"].append(figures(runner.run(under_load(there, arguments, rate, seed))))
             print(", ".join(f"{side} {runs[side][-1]['answered_per_s']:.1f}/s" for side in SIDES), file=sys.stderr, flush=True)
     return runs
 
 
-async def closed(open_target: Callable[[], Target], arguments: argparse.Namespace) -> Samples:
+async def under_load(
+    open_target: Callable[[], Target], arguments: argparse.Namespace, rate: float | None = None, seed: int = 0
+) -> Samples:
+    """A closed loop of all clients; with a rate, an open one."""
     async with aclosing(open_target()) as target:
         load = Load(target.send, seconds=arguments.seconds, warmup_s=arguments.warmup_s)
-        await load.closed(arguments.clients)
-        return load.samples()
-
-
-async def overload(open_target: Callable[[], Target], rate: float, seed: int, arguments: argparse.Namespace) -> Samples:
-    async with aclosing(open_target()) as target:
-        load = Load(target.send, seconds=arguments.seconds, warmup_s=arguments.warmup_s)
-        await load.open(poisson_arrivals(rate, -arguments.warmup_s, arguments.seconds, seed).tolist())
+        if rate is None:
+            await load.closed(arguments.clients)
+        else:
+            await load.open(poisson_arrivals(rate, -arguments.warmup_s, arguments.seconds, seed).tolist())
         return load.samples()
 
 

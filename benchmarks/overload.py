@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from server import add_encoder  # noqa: E402
-
+from benchmarks.server import add_encoder  # noqa: E402
 from serve.gateway.limits import Limits  # noqa: E402
 from serve.triton_server import TritonServer  # noqa: E402
 
@@ -48,15 +47,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         repository = Path(scratch) / "models"
         add_encoder(repository, "photo", width=1.0, stem="imagenet", size_px=224)
-        with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as triton, gateway(triton) as (process, url):
+        with (
+            TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as triton,
+            gateway("--encoder", f"{triton.url}/photo") as (process, url),
+        ):
             report = overload(triton, process, url, arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 @contextmanager
-def gateway(triton: TritonServer) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, str(ROOT / "cli.py"), "api", "--encoder", f"{triton.url}/photo", "--port", "0"]
+def gateway(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`simclr api` with these options, as a process of its own, and its address."""
+    command = [sys.executable, str(ROOT / "cli.py"), "api", *options, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -69,10 +69,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         show(side, found)
     if "ours" in sizes:
         data = folder / f"{arguments.count}"
-        report["filters"], report["live"] = (
-            run(sys.executable, "filter", "ours", data),
-            run(sys.executable, "live", "ours", data),
-        )
+        report["filters"] = run(sys.executable, "filter", "ours", data)
+        report["live"] = run(sys.executable, "live", "ours", data)
         show_ours(report)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -95,7 +93,7 @@ def prepare(data: Path, count: int, parquet: Path | None) -> Path:
     if (data / "truth.npy").exists():
         return data
     data.mkdir(parents=True, exist_ok=True)
-    rows, clusters = mixture(count + QUERIES) if parquet is None else embeddings(parquet)
+    rows, clusters = mixture(count + QUERIES) if parquet is None else embeddings(parquet, count + QUERIES)
     rows, queries = rows[:-QUERIES], rows[-QUERIES:]
     np.save(data / "rows.npy", rows)
     np.save(data / "queries.npy", queries)
@@ -104,36 +102,36 @@ def prepare(data: Path, count: int, parquet: Path | None) -> Path:
     return data
 
 
-def mixture(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors (N, 256) and their clusters (N,): Gaussians of different size, width and direction that overlap.
+def mixture(count: int, dim: int = DIM, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors (N, `dim`) and their clusters (N,): Gaussians of different size, width and direction that overlap.
 
     Half of a point's neighbours lie in other cells of an index than its own.
     """
     rng, number = np.random.default_rng(seed), max(20, count // ROWS_PER_CLUSTER)
-    scale = (1 / np.sqrt(np.arange(1, DIM + 1))).astype(np.float32)  # embeddings spread in few directions
+    scale = (1 / np.sqrt(np.arange(1, dim + 1))).astype(np.float32)  # embeddings spread in few directions
     scale /= np.linalg.norm(scale)
-    centres = rng.standard_normal((number, DIM), dtype=np.float32) * scale
+    centres = rng.standard_normal((number, dim), dtype=np.float32) * scale
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
     widths = rng.uniform(0.7, 1.4, number).astype(np.float32)
-    directions = np.stack([rng.permutation(DIM) for _ in range(number)])
+    directions = np.stack([rng.permutation(dim) for _ in range(number)])
     weights = rng.gamma(2, size=number)
     clusters = rng.choice(number, count, p=weights / weights.sum())
-    rows = np.empty((count, DIM), np.float32)
+    rows = np.empty((count, dim), np.float32)
     for start in range(0, count, 8192):
         some = clusters[start : start + 8192]
-        noise = rng.standard_normal((len(some), DIM), dtype=np.float32) * scale[directions[some]] * widths[some, None]
+        noise = rng.standard_normal((len(some), dim), dtype=np.float32) * scale[directions[some]] * widths[some, None]
         rows[start : start + 8192] = centres[some] + noise
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows, clusters
 
 
-def embeddings(parquet: Path) -> tuple[np.ndarray, np.ndarray]:
+def embeddings(parquet: Path, most: int) -> tuple[np.ndarray, np.ndarray]:
     """The vectors of a parquet in random order, and their labels as numbers."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(parquet, columns=["vector", "label"])
     rows = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1).astype(np.float32)
-    order = np.random.default_rng(0).permutation(len(rows))
+    order = np.random.default_rng(0).permutation(len(rows))[:most]
     labels = np.unique([str(label) for label in table["label"].to_pylist()], return_inverse=True)[1]
     return rows[order] / np.linalg.norm(rows[order], axis=1, keepdims=True), labels[order]
 
@@ -259,7 +257,8 @@ def live(_: str, data: Path) -> dict[str, Any]:
     from serve.gallery import Gallery
     from serve.samples import Sample
 
-    queries, fresh = np.load(data / "queries.npy"), mixture(20_000, seed=7)[0][:, : np.load(data / "queries.npy").shape[1]]
+    queries = np.load(data / "queries.npy")
+    fresh, _ = mixture(20_000, queries.shape[1], seed=7)
     with Gallery.open(data / "gallery") as gallery:
         quiet = searches(gallery, queries, lambda: time.sleep(3))
         ids: list[int] = []

@@ -46,7 +46,7 @@ class Ours:
     def build(self, rows: np.ndarray, folder: Path) -> None:  # noqa: ARG002  # one signature for all sides
         from serve.gallery import Gallery
 
-        with Gallery.open(folder / "gallery", create=False) as gallery:  # filled by `fill_gallery`
+        with Gallery.open(folder / "gallery") as gallery:  # which `fill` of search.py has filled
             gallery.rebuild()
 
     def open(self, rows: np.ndarray, folder: Path) -> None:  # noqa: ARG002
@@ -201,6 +201,6 @@ SIDES: dict[str, type[Side]] = {
     "milvus-lite": MilvusLite,
     "qdrant-local": QdrantLocal,
 }
-"""Those that are slower than a few minutes at a million rows get fewer: see SLOW."""
 SLOW = ("milvus-lite", "qdrant-local")
+"""Those that would take more than a few minutes at a million rows, and get fewer."""
 OURS_ENVIRONMENT = ("ours", "faiss-hnsw")

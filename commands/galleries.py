@@ -148,7 +148,7 @@ class GalleryRebuild:
     """Derive a gallery's index anew from its catalog."""
 
     gallery: Positional[GalleryName]
-    """A folder, or an address in Milvus (docs/scaling.md)."""
+    """Its folder."""
 
     def __call__(self) -> None:
         from serve.gallery import Gallery
@@ -163,7 +163,7 @@ class GalleryTune:
     """Choose a gallery's index anew, by measuring, under these limits; those left out stay as they are."""
 
     gallery: Positional[GalleryName]
-    """A folder, or an address in Milvus (docs/scaling.md)."""
+    """Its folder."""
     recall: float | None = None
     """Least share of the ten nearest that is found. At first: 0.95."""
     latency_ms: float | None = None
@@ -186,7 +186,7 @@ class GalleryVerify:
     """Check every row, vector and file of a gallery; exit code 1 if something is wrong."""
 
     gallery: Positional[GalleryName]
-    """A folder, or an address in Milvus (docs/scaling.md)."""
+    """Its folder."""
     repair: bool = False
     """If something is wrong, derive anew all that is derived, and check again."""
     json: bool = False

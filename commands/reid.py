@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from commands.opening import GalleryName, IdentityName, is_run, open_encoder, open_gallery
-from commands.options import check_choice
-from commands.telling import quarantine_of, tell_added, tell_left_out, write_json
+from commands.opening import GalleryName, is_run, open_encoder, open_gallery
+from commands.telling import tell_left_out, write_json
 from serve.errors import SimclrError
 from serve.protocols.names import Flip, ProtocolName
 
@@ -101,44 +100,6 @@ class ReidEvaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReidEnrol:
-    """Add pictures of known identity to a gallery, which is made if need be; a sub-folder's name is an identity."""
-
-    gallery: Positional[GalleryName]
-    """A folder, or an address in Milvus (docs/scaling.md)."""
-    images: str | None = None
-    """Folder, .csv, .parquet, .zip, .tar or a known dataset's root."""
-    image: tuple[Path, ...] = ()
-    """Instead of --images: these pictures."""
-    identity: str | None = None
-    """Who or what is on all of them."""
-    camera: str | None = None
-    """The camera that took them."""
-    time: float | None = None
-    """When, in seconds."""
-    encoder: str | None = None
-    """A RUN folder, a model repository, or grpc://host:port/NAME, http://host:port/NAME. Default: the one used before."""
-
-    def __post_init__(self) -> None:
-        if bool(self.image) == (self.images is not None):
-            raise SimclrError("wanted either --images SRC or --image FILE")
-
-    def __call__(self) -> None:
-        from serve.identity.identities import enrol, named
-        from serve.samples import Sample
-        from serve.sources import open_source
-
-        found = open_source(self.images) if self.images is not None else None
-        samples = (found.gallery or found.everything) if found else [Sample(str(path.absolute())) for path in self.image]
-        wanted = named(samples, self.identity, self.camera, self.time)
-        quarantine = quarantine_of(self.gallery)
-        with open_gallery(self.gallery, self.encoder, create=True) as gallery:
-            report = enrol(gallery, wanted, quarantine)
-        tell_added(report, quarantine, self.images or "--image")
-        print(f"{self.gallery}: {len(report.ids)} enrolled, {report.already_present} were there")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReidIdentify:
     """Say who is on pictures of one probe: somebody enrolled, or UNKNOWN below the threshold."""
 
@@ -163,7 +124,8 @@ class ReidIdentify:
 
     def __call__(self) -> None:
         from serve.identity.calibration import Calibration
-        from serve.identity.identify import identify, outgrown, summary
+        from serve.identity.decision import summary
+        from serve.identity.identify import identify, outgrown
 
         calibration = Calibration.load(self.threshold_file) if self.threshold_file else None
         with open_gallery(self.gallery, self.encoder) as gallery:
@@ -218,93 +180,6 @@ class ReidCalibrate:
         if warning := calibration.warning():
             print(warning, file=sys.stderr)
         print(f"{self.out}\n{calibration.summary()}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReidRename:
-    """Give an identity another name."""
-
-    gallery: Positional[GalleryName]
-    """A folder, or an address in Milvus (docs/scaling.md)."""
-    identity: Positional[IdentityName]
-    """Its name."""
-    to: Positional[IdentityName]
-    """Its new name, which nobody has."""
-
-    def __call__(self) -> None:
-        from serve.gallery import Gallery
-        from serve.identity.identities import rename
-
-        with Gallery.open(self.gallery) as gallery:
-            print(f"{self.gallery}: {rename(gallery, self.identity, self.to)} items are {self.to} now")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReidMerge:
-    """Make one identity of several."""
-
-    gallery: Positional[GalleryName]
-    """A folder, or an address in Milvus (docs/scaling.md)."""
-    identities: Positional[Annotated[tuple[str, ...], arg(metavar="NAME")]]
-    """Their names."""
-    into: str
-    """One of them, or a new name."""
-
-    def __call__(self) -> None:
-        from serve.gallery import Gallery
-        from serve.identity.identities import merge
-
-        with Gallery.open(self.gallery) as gallery:
-            print(f"{self.gallery}: {merge(gallery, self.identities, self.into)} items more are {self.into} now")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReidSplit:
-    """Make a new identity of some items of another."""
-
-    gallery: Positional[GalleryName]
-    """A folder, or an address in Milvus (docs/scaling.md)."""
-    identity: Positional[IdentityName]
-    """Whose items they are."""
-    ids: tuple[int, ...] = ()
-    """Ids, as `simclr search` prints them."""
-    where: str | None = None
-    """Instead of ids: all of its items that pass, such as: camera = 2 and time < 100"""
-    into: str
-    """The new name."""
-
-    def __post_init__(self) -> None:
-        check_choice(self.ids, self.where)
-
-    def __call__(self) -> None:
-        from serve.filters import And, Condition, parse_where
-        from serve.gallery import Gallery
-        from serve.identity.identities import split
-
-        with Gallery.open(self.gallery) as gallery:
-            ids = list(self.ids)
-            if self.where is not None:
-                passing = And((Condition("identity", "=", (self.identity,)), parse_where(self.where)))
-                ids = gallery.ids(passing).tolist()
-            print(f"{self.gallery}: {split(gallery, self.identity, ids, self.into)} items are {self.into} now")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReidForget:
-    """Remove an identity and all that belongs to it from a gallery's files; a line without its name stays in audit.jsonl."""
-
-    gallery: Positional[GalleryName]
-    """A folder, or an address in Milvus (docs/scaling.md)."""
-    identity: Positional[IdentityName]
-    """Its name."""
-
-    def __call__(self) -> None:
-        from serve.gallery import Gallery
-        from serve.identity.identities import forget
-
-        with Gallery.open(self.gallery) as gallery:
-            count = forget(gallery, self.identity)
-        print(f"{self.gallery}: {count} items forgotten; the pictures themselves are where they were")
 
 
 @dataclass(frozen=True, kw_only=True)

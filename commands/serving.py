@@ -74,6 +74,8 @@ class Api:
     """HEAD.npz of `simclr fit-head`, one or more, to classify as well; each goes by the name of its file."""
     gallery: GalleryName | None = None
     """A gallery of this encoder, to search in and to change."""
+    threshold_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Of `simclr reid calibrate`, to say who is known. Without it, identities are ranked and nothing is decided."""
     keys: Path | None = None
     """Whom to let in: the file of `simclr key`. Default: everybody on this machine."""
     open: bool = False
@@ -100,6 +102,8 @@ class Api:
     def __post_init__(self) -> None:
         check_ports(port=self.port)
         self._limits()
+        if self.threshold_file is not None and self.gallery is None:
+            raise SimclrError("--threshold-file decides who of a gallery it is; wanted --gallery GALLERY as well")
         if self.keys is None and not self.open and not is_loopback(self.host):
             raise SimclrError(
                 f"--host {self.host} without --keys would let in everybody who reaches it; wanted --keys FILE "
@@ -112,12 +116,22 @@ class Api:
         from serve.gallery import Gallery
         from serve.gateway.http_server import serve_api
         from serve.gateway.keys import Keyring
+        from serve.identity.calibration import Calibration
 
         keys = Keyring(self.keys) if self.keys else None
         heads = load_heads(self.head)
+        calibration = Calibration.load(self.threshold_file) if self.threshold_file else None
         encoder = open_encoder(self.encoder)
         with Gallery.open(self.gallery, encoder) if self.gallery else nullcontext() as gallery:
-            api = create_api(encoder, heads=heads, gallery=gallery, keys=keys, url_hosts=self.url_hosts, limits=self._limits())
+            api = create_api(
+                encoder,
+                heads=heads,
+                gallery=gallery,
+                keys=keys,
+                url_hosts=self.url_hosts,
+                limits=self._limits(),
+                calibration=calibration,
+            )
             serve_api(api, host=self.host, port=self.port)
 
     def _limits(self) -> Limits:
@@ -162,6 +176,8 @@ class App:
     """The encoder that made the gallery: RUN, a model repository, grpc://… or http://…"""
     head: tuple[Path, ...] = ()
     """HEAD.npz of `simclr fit-head`, one or more, to classify as well; each goes by the name of its file."""
+    threshold_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Of `simclr reid calibrate`, so that the page decides who is known; without it, it ranks alone."""
     port: int = 7860
     """Port of the page."""
 
@@ -173,10 +189,13 @@ class App:
         from serve.api import create_api
         from serve.classify import load_heads
         from serve.gallery import Gallery
+        from serve.identity.calibration import Calibration
         from serve.signals import stopped_by_sigterm
 
         encoder = open_encoder(self.encoder)
         heads = load_heads(self.head)
+        calibration = Calibration.load(self.threshold_file) if self.threshold_file else None
         with stopped_by_sigterm(), Gallery.open(self.gallery, encoder) as gallery:
-            blocks = build_app(gallery, encoder, heads=heads, encoder_spec=self.encoder)
-            serve_app(blocks, api=create_api(encoder, heads=heads, gallery=gallery), port=self.port)
+            blocks = build_app(gallery, encoder, heads=heads, encoder_spec=self.encoder, calibration=calibration)
+            api = create_api(encoder, heads=heads, gallery=gallery, calibration=calibration)
+            serve_app(blocks, api=api, port=self.port)

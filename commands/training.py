@@ -16,10 +16,8 @@ from serve.errors import ContractError, SimclrError
 from train.config import Arch, PretrainConfig, Stem
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from serve.classify import Head
+    from serve.heads.fit import Examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,29 +234,29 @@ class FitHead:
         from serve.heads.fit import fit_head
         from serve.heads.scores import report_lines
 
-        vectors, groups, encoder_id = self._examples()
+        examples, encoder_id = self._examples()
         options: dict[str, Any] = {"balanced": self.balanced, "abstain_below": self.abstain, "wanted_accuracy": self.accuracy}
-        head = fit_head(vectors, groups, encoder_id, **options)
+        head = fit_head(examples, encoder_id, **options)
         head.save(self.out)
         write_json(self.json, {"classes": head.classes, **head.report})
         if self.confusion:
             _draw_confusion(self.confusion, head)
         accuracy = head.report["held_back_accuracy"]
         told = "" if accuracy is None else f", held-back accuracy {accuracy:.2%}"
-        print(f"{self.out}: {len(head.classes)} classes, {len(groups)} pictures{told}")
+        print(f"{self.out}: {len(head.classes)} classes, {len(examples.groups)} pictures{told}")
         print("\n".join(report_lines(head.report)))
 
-    def _examples(self) -> tuple[NDArray[np.float32], list[str], str]:
-        """Vectors, their classes, and whose vectors they are."""
+    def _examples(self) -> tuple[Examples, str]:
+        """What to learn from, and whose vectors they are."""
         from serve.gallery import Gallery
         from serve.heads.labelled import labelled_items, labelled_pictures
 
         if self.gallery is not None:
             with Gallery.open(self.gallery) as gallery:
-                return *labelled_items(gallery, self.where), gallery.encoder_id
+                return labelled_items(gallery, self.where), gallery.encoder_id
         assert self.encoder is not None and self.images is not None  # noqa: PT018
         encoder = open_encoder(self.encoder)
-        return *labelled_pictures(encoder, self.images), encoder.encoder_id
+        return labelled_pictures(encoder, self.images), encoder.encoder_id
 
 
 def _draw_confusion(path: Path, head: Head) -> None:

@@ -36,10 +36,10 @@ from serve.preprocess import ImageError, decode
 from serve.protocols.run import Options, evaluate_pictures
 from serve.samples import ImageSet, Sample
 from serve.signals import stopped_by_sigterm
-from serve.sources import open_source, read_batches, read_bytes
+from serve.sources import open_source, read_bytes
 from serve.triton.client import TritonEncoder
 from serve.triton_server import TritonServer
-from train.checkpoint import CARD, CHECKPOINT, CONFIG, METRICS, load_encoder
+from train.checkpoint import CHECKPOINT, CONFIG, METRICS, is_finished, load_encoder
 from train.config import PretrainConfig
 from train.data import preprocess_for
 from train.demo_data import draw_demo_set
@@ -113,11 +113,10 @@ def _train(source: str, pictures: ImageSet, run: Path, minutes: float, report: d
     config = former_config(run, source)
     if config is None:
         config = fitting_config(source, pictures, run, minutes)
-    recorded = json.loads((run / CARD).read_text())["training"] if (run / CARD).exists() else {}
-    if recorded.get("steps") != recorded.get("total_steps") or not recorded:
-        pretrain(config)
-    else:
+    if is_finished(run):
         print(f"{run} holds a finished run of these pictures: taken as it is", file=sys.stderr)
+    else:
+        pretrain(config)
     steps = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     rates, last = [step["samples_per_s"] for step in steps], steps[-1]
     report["training"] = {
@@ -175,11 +174,9 @@ def fitting_config(source: str, pictures: ImageSet, run: Path, minutes: float) -
 
 def _quality(encoder: TorchEncoder, source: str, pictures: ImageSet) -> dict[str, Any]:
     """The same figures for the trained encoder and both baselines: re-ID, kNN or view retrieval, whichever the set allows."""
-    some = pictures.train[:: -(-len(pictures.train) // 512)]
-    pixels = np.concatenate([pixels for _, pixels, _ in read_batches(some, encoder.manifest.preprocess)])
     contenders: dict[str, Encoder] = {
         "trained": encoder,
-        "untrained": untrained(encoder.manifest, pixels),
+        "untrained": untrained(encoder.manifest, pictures.train),
         "colour_histogram": ColourHistogram(encoder.manifest),
     }
     return {name: _figures(contender, source, pictures) for name, contender in contenders.items()}
@@ -203,10 +200,10 @@ def _fit_head(encoder: TorchEncoder, source: str, pictures: ImageSet, out: Path,
     """On the labels of the pictures; on the generated set, the pattern of the clothes, scored on people not seen before."""
     patterns = Path(source) / "patterns_train.csv"
     if patterns.exists():
-        head = fit_head(*labelled_pictures(encoder, str(patterns)), encoder.encoder_id)
+        head = fit_head(labelled_pictures(encoder, str(patterns)), encoder.encoder_id)
         head = score_head(head, encoder, open_source(patterns.with_name("patterns_test.csv")).train)
     elif _has_labels(pictures):
-        head = fit_head(*labelled_pictures(encoder, source), encoder.encoder_id)
+        head = fit_head(labelled_pictures(encoder, source), encoder.encoder_id)
         head = score_head(head, encoder, pictures.test) if pictures.test else head
     else:
         print("no labels: no head", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The gateway's HTTP API: pictures, search and a gallery's items behind keys and admission control; health and metrics.
+"""The gateway's HTTP API: pictures, search, re-ID and a gallery's items behind keys and admission control; health and metrics.
 
 The routes of each subject are in serve/gateway/; before them a request passes, in this order, the count of all requests, the
 guard (keys, rate) and admission.
@@ -29,9 +29,11 @@ from serve.gateway.operation import health_routes, metrics_route
 from serve.gateway.pictures import picture_routes
 from serve.gateway.problems import add_problem_handlers
 from serve.gateway.recall import RecallCanary
+from serve.gateway.reid import reid_routes
 from serve.gateway.search import search_routes
 from serve.gateway.shelf import Shelf
 from serve.gateway.urls import Fetcher
+from serve.identity.calibration import Calibration
 
 _KEY = HTTPBearer(scheme_name="key", description="`Authorization: Bearer KEY`; see `simclr key`", auto_error=False)
 """Says in OpenAPI what the guard asks for."""
@@ -45,21 +47,25 @@ def create_api(
     keys: Keyring | None = None,
     url_hosts: Iterable[str] = (),
     limits: Limits | None = None,
+    calibration: Calibration | None = None,
 ) -> FastAPI:
-    """The gateway in front of one encoder, with /v1/classify if there are heads, and search and items if there is a gallery.
+    """The gateway in front of one encoder, with /v1/classify if there are heads; search, re-ID and items if there is a gallery.
 
-    Without `keys` everybody may do everything. `url_hosts`: whom a search by URL may ask.
-    Raises: EncoderMismatch if a head or the gallery is another encoder's.
+    Without `keys` everybody may do everything. `url_hosts`: whom a search by URL may ask. Without a `calibration` re-ID ranks
+    and decides nothing. Raises: EncoderMismatch if a head, the gallery or the calibration is another encoder's.
     """
     for head in (heads or {}).values():
         head.require(encoder.encoder_id)
+    if calibration is not None:
+        calibration.require(encoder.encoder_id)
     limits, metrics = limits or Limits(), Metrics()
     batcher = Batcher(encoder, metrics, batches=limits.batches, room=limits.at_once * limits.max_pictures)
     routers = [picture_routes(batcher, heads or {}, limits), metrics_route(metrics)]
     if gallery is not None:
         _require(gallery, encoder)
-        shelf = Shelf(gallery, metrics)
-        routers += [search_routes(shelf, batcher, Fetcher(url_hosts, limits), metrics), item_routes(shelf, batcher)]
+        shelf, fetcher = Shelf(gallery, metrics), Fetcher(url_hosts, limits)
+        routers += [search_routes(shelf, batcher, fetcher, metrics), item_routes(shelf, batcher)]
+        routers += [reid_routes(shelf, batcher, fetcher, limits, metrics, calibration)]
     api = _empty_api(None if gallery is None else RecallCanary(gallery, metrics))
     api.include_router(health_routes(Canary(batcher)))
     for router in routers:

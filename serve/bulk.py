@@ -90,15 +90,16 @@ def embed_to_parquet(manifest: Manifest, source: str, out: str, engine: Engine, 
         raise SimclrError(f"{out}: is a folder; give FILE.parquet, or {out}/ for a file per shard")
     folder = path if as_parts else path.with_name(f"{path.name}.parts")
     shards = plan_shards(open_source(source).everything, manifest.encoder_id, shard_size)
+    parts = [folder / shard.part_name for shard in shards]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _make_missing(shards, folder, engine)
-        report = _outcome([folder / shard.part_name for shard in shards], path.with_name(f"{path.name}.quarantine.jsonl"))
+        report = _outcome(parts, path.with_name(f"{path.name}.quarantine.jsonl"))
         write_quarantine(report.quarantine, report.unreadable)
         if as_parts:
-            _remove_parts(folder, keep={shard.part_name for shard in shards})
+            _remove_parts(folder, keep={part.name for part in parts})
         else:
-            join_parts([folder / shard.part_name for shard in shards], path, manifest, folder)
+            join_parts(parts, path, manifest, folder)
             shutil.rmtree(folder)
     finally:
         with suppress(OSError):  # nothing is finished: nothing to go on with

@@ -21,7 +21,7 @@ import ray
 
 from serve.bulk_shards import Shard, Tell, embed_shard
 from serve.encoder import Encoder
-from serve.errors import SimclrError
+from serve.errors import SimclrError, first_line
 
 RETRIES = 3
 """For a shard whose worker or machine has died. A picture that kills its decoder must not go round for ever."""
@@ -86,8 +86,9 @@ def _connected(address: str | None) -> Iterator[None]:
             _check_reachable(address)
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise SimclrError(f"{address or 'Ray'}: no cluster to work on ({reason}); give its HOST:PORT, or auto") from error
+        raise SimclrError(
+            f"{address or 'Ray'}: no cluster to work on ({first_line(error)}); give its HOST:PORT, or auto"
+        ) from error
     try:
         yield
     finally:
@@ -113,8 +114,7 @@ def _raise_failure(finished: ray.ObjectRef[None], shard: Shard) -> None:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SimclrError(
             f"{shard.part_name}: its worker died {RETRIES + 1} times, at one of the {len(shard.samples)} pictures from "
-            f"{shard.samples[0].source} on ({reason}); leave them out, or see Ray's logs"
+            f"{shard.samples[0].source} on ({first_line(error)}); leave them out, or see Ray's logs"
         ) from error

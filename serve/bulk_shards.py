@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from serve.contract import METADATA_KEY, Manifest
 from serve.encoder import Encoder
-from serve.errors import EncoderMismatch, SourceError
+from serve.errors import EncoderMismatch, SourceError, first_line
 from serve.files import atomic_path
 from serve.samples import Sample, Unreadable
-from serve.sources import name_fault, printable, read_batches
+from serve.sources import misnamed, name_fault, read_batches
 
 SHARD_SIZE = 1024
 """Pictures: what a killed process loses at most, for each shard that it had under way."""
@@ -78,7 +78,7 @@ def embed_shard(shard: Shard, encoder: Encoder, folder: Path, tell: Tell = lambd
             "repeat the command, which begins anew with that"
         )
     named = [sample for sample in shard.samples if name_fault(sample.source) is None]
-    unreadable = [Unreadable(printable(s.source), fault) for s in shard.samples if (fault := name_fault(s.source)) is not None]
+    unreadable = misnamed(shard.samples)
     tell(len(unreadable))
     vectors, samples, bad = embed_pictures(encoder, named, tell)
     table = table_of(samples, vectors).replace_schema_metadata(
@@ -148,4 +148,4 @@ def _read(part: Path) -> pa.Table:
 
 
 def _damaged(part: Path, error: Exception) -> SourceError:
-    return SourceError(f"{part}: damaged ({next(iter(str(error).splitlines()), '')}); remove it and repeat the command")
+    return SourceError(f"{part}: damaged ({first_line(error)}); remove it and repeat the command")

@@ -24,10 +24,10 @@ from pydantic import JsonValue
 
 from serve.catalog_check import problems
 from serve.catalog_file import CatalogFile
-from serve.catalog_schema import COLUMNS, ENCODER_SPEC, INSERT, SINCE, Facts, prepare, sealed
-from serve.errors import GalleryError, Reembedded
+from serve.catalog_schema import AMONG, COLUMNS, ENCODER_SPEC, INSERT, SINCE, Facts, prepare, sealed, vector_row
+from serve.errors import DamagedItem, GalleryError, Reembedded
 from serve.filters import EVERYTHING, TEXT_FIELDS, Where
-from serve.item import Item, Known, columns_of, natural_key, new_item, relabelled, require_known
+from serve.item import Item, Known, columns_of, natural_key, new_item, relabelled, require_known, require_unused
 from serve.samples import Sample
 from serve.sources import name_fault
 
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 _REMEMBERED_FILTERS = 8  # of 8 bytes per id
 _BLOCK_ROWS = 10_000
 _COLUMNS = ", ".join(COLUMNS["items"])
-_AMONG = "IN (SELECT value FROM json_each(?))"  # a list as one parameter: SQLite limits how many there may be
 _NEXT_ID = "SELECT 1 + max((SELECT coalesce(max(id), 0) FROM items), (SELECT coalesce(max(id), 0) FROM removed))"
 
 
@@ -115,7 +114,7 @@ class Catalog:
             fresh = list(zip(ids, rows.values(), strict=True))
             items = [new_item(i, sample, extra.get(sample.source, {})) for i, (sample, _) in fresh]
             db.executemany(INSERT["items"], map(_row, items))
-            db.executemany(INSERT["vectors"], [sealed(i, seq, seq, _blob(vector)) for i, (_, vector) in fresh])
+            db.executemany(INSERT["vectors"], [vector_row(i, seq, seq, vector) for i, (_, vector) in fresh])
         return ids
 
     def update(self, item_id: int, vector_D: NDArray[np.float32], source: str | None = None) -> None:
@@ -132,7 +131,7 @@ class Catalog:
                 _revise(db, [replace(item, source=source) for item in _items(db, [item_id])], ["source"])
             (added,) = db.execute("SELECT added FROM vectors WHERE id = ?", [item_id]).fetchone() or (seq,)
             db.execute("DELETE FROM vectors WHERE id = ?", [item_id])
-            db.execute(INSERT["vectors"], sealed(item_id, added, seq, _blob(vector_D)))
+            db.execute(INSERT["vectors"], vector_row(item_id, added, seq, vector_D))
 
     def relabel(self, ids: Sequence[int], **known: Unpack[Known]) -> None:
         """Say anew what is known about items, in one transaction. Raises: GalleryError, and then nothing was changed."""
@@ -148,21 +147,19 @@ class Catalog:
             self._require(db, ids, "nothing was removed")
             db.executemany(INSERT["removed"], [sealed(item_id, seq) for item_id in set(ids)])
             for table in ("vectors", "items"):
-                db.execute(f"DELETE FROM {table} WHERE id {_AMONG}", [json.dumps(ids)])
+                db.execute(f"DELETE FROM {table} WHERE id {AMONG}", [json.dumps(ids)])
 
     def _require(self, db: sqlite3.Connection, ids: Sequence[int], otherwise: str) -> None:
-        known = set(_column(db.execute(f"SELECT id FROM items WHERE id {_AMONG}", [json.dumps(ids)])))
+        known = set(_column(db.execute(f"SELECT id FROM items WHERE id {AMONG}", [json.dumps(ids)])))
         require_known(ids, known, str(self._path.parent), otherwise)
 
     def _require_unused(self, db: sqlite3.Connection, ids: Sequence[int]) -> None:
         used = [
             item_id
             for table in ("items", "removed")
-            for item_id in _column(db.execute(f"SELECT id FROM {table} WHERE id {_AMONG}", [json.dumps(ids)]))
+            for item_id in _column(db.execute(f"SELECT id FROM {table} WHERE id {AMONG}", [json.dumps(ids)]))
         ]
-        if used or len(set(ids)) < len(ids) or min(ids, default=1) < 1:
-            what = f"id {used[0]} has been used" if used else f"got ids from {min(ids)} on, or one twice"
-            raise GalleryError(f"{self._path.parent}: {what}; wanted unused ones from 1 on; nothing was added; try --new-ids")
+        require_unused(ids, used, str(self._path.parent))
 
     def __len__(self) -> int:
         return self.count(EVERYTHING)
@@ -200,10 +197,18 @@ class Catalog:
             return {item.id: item for item in _items(db, ids, f"AND {condition}", parameters)}
 
     def vector(self, item_id: int) -> NDArray[np.float32] | None:
-        """The vector (D,) of one item; None if there is no such item."""
+        """The vector (D,) of one item; None if there is no such item. Raises: DamagedItem, GalleryError."""
         with self.reading() as db:
-            found = db.execute("SELECT vector FROM vectors WHERE id = ?", [item_id]).fetchone()
-        return np.frombuffer(found[0], "<f4").copy() if found else None
+            query = f"SELECT vector FROM items LEFT JOIN vectors USING (id) WHERE id {AMONG}"
+            found = db.execute(query, [json.dumps([item_id])]).fetchone()  # as JSON: it may be larger than SQLite's numbers
+        if found is None:
+            return None
+        self._require_whole(item_id, found[0])
+        return np.frombuffer(found[0], "<f4").copy()
+
+    def _require_whole(self, item_id: int, vector: bytes | None) -> None:
+        if vector is None or len(vector) != 4 * self.facts.embedding_dim:
+            raise DamagedItem(f"item {item_id}: its vector is damaged or missing; update or remove it")
 
     def rows(self, where: Where, rows: int = 1024) -> Iterator[tuple[list[Item], NDArray[np.float32]]]:
         """Items that pass and their vectors (n, D), in blocks, by growing id; all of one state. Raises: GalleryError."""
@@ -213,8 +218,7 @@ class Catalog:
             cursor = db.execute(query, parameters)
             while block := cursor.fetchmany(rows):
                 for item_id, *_, vector in block:
-                    if len(vector) != 4 * self.facts.embedding_dim:
-                        raise GalleryError(f"item {item_id}: its vector is damaged; update or remove it")
+                    self._require_whole(item_id, vector)
                 vectors = np.frombuffer(b"".join(row[-1] for row in block), "<f4").reshape(len(block), -1)
                 yield [_item(row[:-1]) for row in block], vectors
 
@@ -319,12 +323,12 @@ class Catalog:
 
 def _items(db: sqlite3.Connection, ids: Sequence[int], condition: str = "", parameters: Sequence[Any] = ()) -> list[Item]:
     # NOT INDEXED leaves the way by id alone: SQLite might take it to be quicker to look at every item of one camera.
-    query = f"SELECT {_COLUMNS} FROM items NOT INDEXED WHERE id {_AMONG} {condition}"
+    query = f"SELECT {_COLUMNS} FROM items NOT INDEXED WHERE id {AMONG} {condition}"
     return [_item(row) for row in db.execute(query, [json.dumps(ids), *parameters])]
 
 
 def _sources(db: sqlite3.Connection, sources: Sequence[str]) -> list[str]:
-    return _column(db.execute(f"SELECT source FROM items WHERE source {_AMONG}", [json.dumps(sources)]))
+    return _column(db.execute(f"SELECT source FROM items WHERE source {AMONG}", [json.dumps(sources)]))
 
 
 def _item(row: tuple[Any, ...]) -> Item:
@@ -332,7 +336,7 @@ def _item(row: tuple[Any, ...]) -> Item:
     try:
         return Item(*[*columns, json.loads(extra)])
     except ValueError as error:
-        raise GalleryError(f"item {columns[0]}: changed on the disk ({error}); see `simclr gallery verify`") from error
+        raise DamagedItem(f"item {columns[0]}: changed on the disk ({error}); see `simclr gallery verify`") from error
 
 
 def _row(item: Item) -> tuple[object, ...]:
@@ -344,10 +348,6 @@ def _revise(db: sqlite3.Connection, items: Iterable[Item], columns: Iterable[str
     assignments = ", ".join(f"{column} = :{column}" for column in (*columns, "checksum"))
     rows = [dict(zip((*COLUMNS["items"], "checksum"), _row(item), strict=True)) for item in items]
     db.executemany(f"UPDATE items SET {assignments} WHERE id = :id", rows)
-
-
-def _blob(vector_D: NDArray[np.float32]) -> bytes:
-    return vector_D.astype("<f4").tobytes()
 
 
 def _column(cursor: sqlite3.Cursor) -> list[Any]:

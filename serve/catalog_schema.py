@@ -11,15 +11,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from serve.catalog_file import CatalogFile
 from serve.errors import GalleryError
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
+_APPLICATION_ID = 0x51C18  # marks the file as ours in SQLite's header
 ENCODER_SPEC = "encoder_spec"
 """The fact that is no part of `Facts`: where the encoder was last opened."""
-_APPLICATION_ID = 0x51C18  # marks the file as ours in SQLite's header
 SINCE = "since"
 """The fact that a new encoder's taking over changes for certain; see `Facts`."""
 COLUMNS = {
@@ -32,6 +35,8 @@ COLUMNS = {
 """The columns of every table; one more, `checksum`, stands behind them."""
 INSERT = {table: f"INSERT INTO {table} VALUES ({', '.join('?' * (len(names) + 1))})" for table, names in COLUMNS.items()}
 VECTORS_INDEX = "CREATE INDEX vectors_seq ON vectors (seq)"
+AMONG = "IN (SELECT value FROM json_each(?))"
+"""A list as one parameter: SQLite limits how many there may be."""
 
 
 def vectors_table(name: str) -> str:
@@ -95,6 +100,16 @@ def sealed(*columns: object) -> tuple[object, ...]:
     return (*columns, row_checksum(*columns))
 
 
+def vector_row(item_id: int, added: int, seq: int, vector_D: NDArray[np.float32]) -> tuple[object, ...]:
+    """A row of a table of vectors, as it is stored."""
+    return sealed(item_id, added, seq, vector_D.astype("<f4").tobytes())
+
+
+def write_facts(db: sqlite3.Connection, facts: Facts) -> None:
+    """Store what holds for the whole gallery, where none of it is stored."""
+    db.executemany(INSERT["facts"], [sealed(key, str(value)) for key, value in vars(facts).items()])
+
+
 def prepare(file: CatalogFile, create: Facts | None) -> Facts:
     """Make the tables if `create` is given and there are none, bring old ones up to date. Raises: GalleryError."""
     with file.translated(), closing(file.connect()) as db:
@@ -120,7 +135,7 @@ def _is_empty(db: sqlite3.Connection) -> bool:
 def _create(db: sqlite3.Connection, facts: Facts) -> None:
     for statement in _CREATE:
         db.execute(statement)
-    db.executemany(INSERT["facts"], [sealed(key, str(value)) for key, value in (vars(facts) | {SINCE: 0}).items()])
+    write_facts(db, facts)
 
 
 def _read_facts(file: CatalogFile) -> Facts:

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest
-from serve.errors import ContractError
+from serve.errors import ContractError, first_line
 from serve.pictures import Picture, prepare_batch, prepare_each
 from serve.preprocess import ImageError
 from serve.triton.client import TritonEncoder
@@ -75,8 +75,7 @@ class OnnxEncoder:
         try:
             self._session = ort.InferenceSession(graph, _options(), providers=loadable_providers())
         except Exception as error:  # onnxruntime raises a dozen unrelated types, none of them exported
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ContractError(f"{graph}: ONNX Runtime cannot load it ({reason}); export the run again") from error
+            raise ContractError(f"{graph}: ONNX Runtime cannot load it ({first_line(error)}); export the run again") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in metadata:
             raise ContractError(f"{graph}: carries no manifest in its metadata; was it written by `simclr export`?")

@@ -7,6 +7,8 @@ SimclrError                 one line for a person: what, got, wanted, do
 ├── EncoderUnavailable      the model server does not answer
 ├── TritonStartError        a Triton server cannot be started here
 ├── GalleryError            a gallery, or a request to it, that cannot be used
+│   ├── NoSuchItem          it has no item of this id
+│   ├── DamagedItem         what the disk holds of an item is not what was written
 │   └── Reembedded          it has got another encoder since it was opened
 ├── TrainingError           pretraining, evaluation or the fit of a head cannot go on
 └── ExportError             the exported graph is not what was trained; nothing is published
@@ -44,6 +46,14 @@ class GalleryError(SimclrError):
     """A gallery, or a request to it, that cannot be used."""
 
 
+class NoSuchItem(GalleryError):
+    """A gallery has no item of this id."""
+
+
+class DamagedItem(GalleryError):
+    """What the disk holds of an item is not what was written."""
+
+
 class Reembedded(GalleryError):
     """The gallery has got another encoder since it was opened."""
 
@@ -54,3 +64,8 @@ class TrainingError(SimclrError):
 
 class ExportError(SimclrError):
     """The exported graph is not what was trained."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign exception says, in one line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

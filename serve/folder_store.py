@@ -15,6 +15,8 @@ from serve.errors import GalleryError, Reembedded
 from serve.filters import Where
 from serve.gallery_folder import CATALOG_NAME, INDEX_NAME, bytes_on_disk, prepare_folder, tidy
 from serve.index import Index
+from serve.item import require_known
+from serve.kept_pictures import PICTURES_NAME, unlink_kept, unlink_strays
 from serve.samples import Sample
 from serve.store import Description, Found
 
@@ -61,7 +63,11 @@ class FolderStore(Catalog):
         self.index.catch_up()
 
     def remove(self, ids: Sequence[int]) -> None:
-        """As of a Catalog."""
+        """As of a Catalog; the pictures that the gallery itself keeps of them go first, while it is known which they are."""
+        if (self.folder / PICTURES_NAME).is_dir():
+            items = self.lookup(ids)
+            require_known(ids, items, self.address, "nothing was removed")
+            unlink_kept(self.folder, (item.source for item in items.values()))
         super().remove(ids)
         self.index.catch_up()
 
@@ -73,6 +79,8 @@ class FolderStore(Catalog):
 
     def scrub(self) -> None:
         """Clean the files, the index's too, of all that any removed or changed item left in them. Raises: GalleryError."""
+        if (self.folder / PICTURES_NAME).is_dir():
+            unlink_strays(self.folder, self.distinct("source"))
         self.index.rebuild()
         super().scrub()
         for left in (self.folder / INDEX_NAME).glob(".base-*"):

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from serve.ann.choice import IndexLimits
 from serve.encoder import Encoder
-from serve.errors import GalleryError
+from serve.errors import GalleryError, NoSuchItem
 from serve.filters import Where, as_where
 from serve.folder_store import FolderStore, open_folder
 from serve.index import unit_vectors
@@ -21,7 +21,7 @@ from serve.item import Item, Known
 from serve.pictures import Picture
 from serve.samples import Sample, Unreadable
 from serve.search import Hit, Searcher
-from serve.sources import name_fault, printable, read_batches
+from serve.sources import misnamed, name_fault, read_batches
 from serve.store import Store, check_encoder, facts_of
 
 _Batch: TypeAlias = tuple[list[Sample], NDArray[np.float32], list[Unreadable]]
@@ -128,7 +128,7 @@ class Gallery:
         Raises: GalleryError; earlier batches stay.
         """
         unit = None if vectors is None else self._given(vectors, len(samples))
-        unreadable = [Unreadable(printable(s.source), fault) for s in samples if (fault := name_fault(s.source)) is not None]
+        unreadable = misnamed(samples)
         fresh = self._fresh(samples)
         todo = [samples[place] for place in fresh]
         batches = self._embedded(todo, batch_size) if unit is None else _cut(todo, unit[fresh], batch_size)
@@ -177,7 +177,7 @@ class Gallery:
         self._store.relabel([int(item_id) for item_id in ids], **known)
 
     def remove(self, ids: Iterable[int]) -> None:
-        """Remove items; their ids are never used again. Raises: GalleryError naming unknown ids; nothing is removed then."""
+        """Remove items; their ids are never used again. Raises: NoSuchItem naming unknown ids; nothing is removed then."""
         self._store.remove([int(item_id) for item_id in ids])
 
     def erase(self, ids: Iterable[int]) -> None:
@@ -252,10 +252,10 @@ class Gallery:
         return len(self._store)
 
     def item(self, item_id: int) -> Item:
-        """One item. Raises: GalleryError if it does not exist."""
+        """One item. Raises: NoSuchItem, GalleryError."""
         found = self._store.lookup([int(item_id)])
         if not found:
-            raise GalleryError(f"{self.address}: no item with id {item_id}")
+            raise NoSuchItem(f"{self.address}: no item with id {item_id}")
         return found[int(item_id)]
 
     def items(self, where: str | Where | None = None, limit: int | None = None, offset: int = 0) -> list[Item]:
@@ -275,10 +275,10 @@ class Gallery:
         return self._store.rows(as_where(where))
 
     def vector(self, item_id: int) -> NDArray[np.float32]:
-        """The unit vector (D,) of an item. Raises: GalleryError if it does not exist."""
+        """The unit vector (D,) of an item. Raises: NoSuchItem, GalleryError."""
         vector = self._store.vector(int(item_id))
         if vector is None:
-            raise GalleryError(f"{self.address}: no item with id {item_id}")
+            raise NoSuchItem(f"{self.address}: no item with id {item_id}")
         return vector
 
     def distinct(self, field: str) -> list[str]:

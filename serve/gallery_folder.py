@@ -33,15 +33,11 @@ def prepare_folder(folder: Path, facts: Facts | None) -> Facts | None:
     made_of = needed(str(folder), facts)
     if folder.exists() and not folder.is_dir():
         raise GalleryError(f"{folder}: is a file; a gallery is a folder, give another name")
-    ours = (".", CATALOG_NAME, "lost+found")
-    others = (
-        []
-        if exists or not folder.exists()
-        else sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours))
-    )
-    if others:
-        raise GalleryError(f"{folder}: holds {others[0]} and no catalog, so it is no gallery; give a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
+    ours = (".", CATALOG_NAME, "lost+found")
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours))
+    if others and not exists:
+        raise GalleryError(f"{folder}: holds {others[0]} and no catalog, so it is no gallery; give a new or empty folder")
     return made_of
 
 

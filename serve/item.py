@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 from pydantic import JsonValue
 
-from serve.errors import GalleryError
+from serve.errors import GalleryError, NoSuchItem
 from serve.samples import Sample
 from serve.sources import printable
 
@@ -46,6 +46,12 @@ def new_item(item_id: int, sample: Sample, extra: Mapping[str, JsonValue]) -> It
     return Item(item_id, **{name: facts[name] for name in facts if name != "track"}, extra={**track, **extra})
 
 
+def sample_of(item: Item) -> Sample:
+    """The item as a sample, without its other extra facts."""
+    track = item.extra.get("track")
+    return Sample(item.source, item.label, item.identity, item.camera, item.time, track if isinstance(track, str) else None)
+
+
 def columns_of(item: Item) -> tuple[object, ...]:
     """What is stored of an item, `extra` as JSON. Raises: GalleryError if it cannot be."""
     try:
@@ -71,10 +77,17 @@ def relabelled(item: Item, known: Known) -> Item:
 
 
 def require_known(ids: Iterable[int], known: Collection[int], gallery: str, otherwise: str) -> None:
-    """Raises: GalleryError naming the ids that are not among the `known`."""
+    """Raises: NoSuchItem naming the ids that are not among the `known`."""
     if unknown := sorted(set(ids) - set(known)):
         listed = ", ".join(map(str, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise GalleryError(f"{gallery}: no item with id {listed}; {otherwise}")
+        raise NoSuchItem(f"{gallery}: no item with id {listed}; {otherwise}")
+
+
+def require_unused(ids: Sequence[int], used: Sequence[int], gallery: str) -> None:
+    """Raises: GalleryError unless new items can have these ids, of which those `used` had an item before."""
+    if used or len(set(ids)) < len(ids) or min(ids, default=1) < 1:
+        what = f"id {used[0]} has been used" if used else f"got ids from {min(ids)} on, or one twice"
+        raise GalleryError(f"{gallery}: {what}; wanted unused ones from 1 on; nothing was added; try --new-ids")
 
 
 def natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:

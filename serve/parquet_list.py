@@ -1,4 +1,4 @@
-"""Lists of pictures in Parquet: a column `path`, and any of label, identity, camera, time, track."""
+"""The rows of a list of pictures in Parquet (serve/picture_list.py)."""
 
 from __future__ import annotations
 
@@ -9,30 +9,22 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serve.errors import SourceError
+from serve.errors import SourceError, first_line
+from serve.picture_list import check_columns
 
 
-def listed_rows(path: Path, columns: frozenset[str]) -> Iterator[dict[str, str]]:
-    """What each row says, as text; nothing for a null. Only a block of rows is in memory.
-
-    Args: columns, those that it may have besides `path`. Raises: SourceError.
-    """
+def listed_rows(path: Path) -> Iterator[dict[str, str]]:
+    """What each row says, as text; nothing for a null. Only a block of rows is in memory. Raises: SourceError."""
     try:
         with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow, columns)
+            check_columns(path, file.schema_arrow.names)
+            for field in file.schema_arrow:
+                check_kind(path, field)
             for block in file.iter_batches():
                 for row in block.to_pylist():
                     yield {name: as_text(value) for name, value in row.items() if value is not None}
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: not a readable Parquet file ({next(iter(str(error).splitlines()), '')})") from error
-
-
-def _check_columns(path: Path, schema: pa.Schema, columns: frozenset[str]) -> None:
-    names = set(schema.names)
-    if "path" not in names or names - columns - {"path"}:
-        raise SourceError(f"{path}: columns are {sorted(names)}, wanted path and any of {sorted(columns)}")
-    for field in schema:
-        check_kind(path, field)
+        raise SourceError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def check_kind(path: Path, field: pa.Field) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def ranks_of_vectors(
     count = _Count(_unit(queries_QD, np.arange(len(queries_QD)), "query"), gallery_GD, relevance)
     starts = range(0, max(len(relevance.counted), 1), _CHUNK_GALLERY)
     with ThreadPoolExecutor(_THREADS) as pool:
-        ahead = np.sum(list(pool.map(count.of_chunk, starts)), axis=0)
+        ahead = reduce(np.add, pool.map(count.of_chunk, starts))
     return [its + np.arange(1, len(its) + 1) for its in count.by_query(ahead)]
 
 
@@ -124,7 +125,7 @@ class _Count:
         """(N,); what float32 leaves open is worked out again."""
         around = (near_N - 2).astype(np.float32)
         low, high = around - self._error, around + self._error
-        rivals = np.sort(row_C[row_C <= high.max(initial=-np.inf)])  # what is farther than the last right one is never asked for
+        rivals = np.sort(row_C[row_C <= high.max(initial=-np.inf)])  # nothing farther than the last right one is asked for
         nearer, perhaps = np.searchsorted(rivals, low), np.searchsorted(rivals, high, side="right")
         unclear = np.flatnonzero(perhaps > nearer)
         exact = np.full(len(row_C) if len(unclear) else 0, np.nan)

@@ -1,4 +1,4 @@
-"""k-reciprocal re-ranking (Zhong et al. 2017), exact, on sets of neighbours instead of N x N matrices; query expansion.
+"""k-reciprocal re-ranking (Zhong et al. 2017), exact, on sets of neighbours instead of N x N matrices.
 
 Two pictures are reciprocal if each is among the k1 nearest of the other. A picture is described by the weights exp(-d) of its
 reciprocal ones, extended by theirs and averaged over its k2 nearest; the overlap of two descriptions (Jaccard) is the new
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.joining import Joining
-from serve.pairs import Values
-from serve.reciprocal import Graph, overlaps
+from serve.reciprocal.graph import Graph, overlaps
+from serve.reciprocal.joining import Joining
+from serve.reciprocal.pairs import Values
 
 _BLOCK_PROBES, _BLOCK_GALLERY = 256, 2048
 _TINY = float(np.finfo(np.float32).tiny)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from serve.archives import member_names, read_range, tar_place
 from serve.errors import SourceError
+from serve.samples import FACTS
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 100_000
-_FIELDS = ("label", "identity", "camera", "time", "track")
 
 
 def expand_braces(pattern: str) -> list[Path]:
@@ -83,9 +83,9 @@ def _json_facts(path: Path, member: str) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}!/{member}: not readable JSON ({error})") from error
     if not isinstance(content, dict):
-        raise SourceError(f"{path}!/{member}: holds a {type(content).__name__}, wanted an object with any of {_FIELDS}")
+        raise SourceError(f"{path}!/{member}: holds a {type(content).__name__}, wanted an object with any of {FACTS}")
     facts = {}
-    for field in _FIELDS:
+    for field in FACTS:
         value = content.get(field)
         if isinstance(value, bool) or not isinstance(value, str | int | float | None):
             raise SourceError(f"{path}!/{member}: {field} is a {type(value).__name__}, wanted text or a number")

@@ -6,18 +6,15 @@ One rule set reads all of them: the layout is recognised from the members' relat
 
 from __future__ import annotations
 
-import csv
 import logging
-import math
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,16 +28,18 @@ from serve.datasets.market import MARKET_NAME, WHOLE_NAME
 from serve.datasets.tree import IMAGE_SUFFIXES, Tree, sample_named
 from serve.errors import SourceError
 from serve.listing import list_files
+from serve.picture_list import listed_samples
 from serve.preprocess import TRAITS, ImageError, decode, load_image
-from serve.samples import ImageSet, Sample, Unreadable
+from serve.samples import ImageSet, Sample, Unreadable, stated_sample
 
 _MEMBER = re.compile(r"(?<=\.zip|\.tar|\.bin)!/", re.IGNORECASE)  # a folder may be called `wow!`
 _ROLES = ("train", "test", "query", "gallery")
 _TRAIN_FOLDERS, _TEST_FOLDERS = ("train",), ("test", "val")
 _log = logging.getLogger(__name__)
 _Read = TypeVar("_Read")
+_UnderWay: TypeAlias = list[tuple[Sample, list[str], Future[NDArray[np.uint8] | Unreadable]]]
+"""A batch that is being decoded: of each picture the traits that are noted, and its pixels to come."""
 _WANTED = "a folder, .csv, .parquet, .zip or .tar"
-_LIST_COLUMNS = frozenset({"label", "identity", "camera", "time", "track"})
 _SHARD_WORD = re.compile(r"[-_.]")
 
 
@@ -86,7 +85,7 @@ def read_batches(
     """
     read = partial(_read_one, preprocess=preprocess)
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow releases the interpreter lock while it decodes
-    under_way: deque[list[tuple[Sample, list[str], Future[NDArray[np.uint8] | Unreadable]]]] = deque()
+    under_way: deque[_UnderWay] = deque()
     try:
         for start in range(0, len(samples), batch_size):
             chunk = [(sample, list[str]()) for sample in samples[start : start + batch_size]]
@@ -100,9 +99,7 @@ def read_batches(
 
 
 def _decoded(
-    batch: list[tuple[Sample, list[str], Future[NDArray[np.uint8] | Unreadable]]],
-    preprocess: Preprocess,
-    traits: Counter[str] | None,
+    batch: _UnderWay, preprocess: Preprocess, traits: Counter[str] | None
 ) -> tuple[list[Sample], NDArray[np.uint8], list[Unreadable]]:
     results = [(sample, noted, future.result()) for sample, noted, future in batch]
     if traits is not None:
@@ -152,6 +149,11 @@ def name_fault(source: str) -> str | None:
     return None if shown == source else f"{shown}: its name is not UTF-8; rename it"
 
 
+def misnamed(samples: Iterable[Sample]) -> list[Unreadable]:
+    """Those of these pictures that are left out for their names."""
+    return [Unreadable(printable(s.source), fault) for s in samples if (fault := name_fault(s.source)) is not None]
+
+
 def _read_one(sample: Sample, traits: list[str], preprocess: Preprocess) -> NDArray[np.uint8] | Unreadable:
     return read_as(sample.source, partial(load_image, preprocess=preprocess, traits=traits))
 
@@ -172,10 +174,8 @@ def _open(text: str) -> ImageSet:
         raise SourceError(f"{location or 'no name given'}: no such file or folder; --images wants {_WANTED}")
     if path.is_dir():
         return _from_folder(path, choice)
-    if path.suffix.lower() == ".csv":
-        return ImageSet(train=tuple(_csv_samples(path)))
-    if path.suffix.lower() == ".parquet":
-        return ImageSet(train=tuple(_parquet_samples(path)))
+    if path.suffix.lower() in (".csv", ".parquet"):
+        return ImageSet(train=tuple(listed_samples(path)))
     if path.suffix.lower() in (".zip", ".tar"):
         return _from_archive(path, f"{inner.strip('/')}/" if inner else "", choice)
     raise SourceError(f"{text}: wanted {_WANTED}; pack or unpack it as one of these")
@@ -276,55 +276,4 @@ def _shard_sample(source: str, facts: Mapping[str, str]) -> Sample:
     try:
         return stated_sample(source, facts)
     except ValueError as error:
-        raise SourceError(f"{source}: its .json says time is {facts['time']!r}, wanted seconds or an ISO 8601 time") from error
-
-
-def stated_sample(source: str, fields: Mapping[str, str]) -> Sample:
-    """A sample from fields given as text. Raises: ValueError for a time that is none, TypeError for another field."""
-    others = {key: value for key, value in fields.items() if key != "time"}
-    return Sample(source=source, time=_seconds(fields["time"]) if "time" in fields else None, **others)
-
-
-def _csv_samples(path: Path) -> Iterator[Sample]:
-    try:
-        yield from _csv_rows(path)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{path}: not a CSV file in UTF-8 ({error}); save it as one") from error
-
-
-def _csv_rows(path: Path) -> Iterator[Sample]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = set(reader.fieldnames or ())
-        if "path" not in columns or columns - _LIST_COLUMNS - {"path"}:
-            raise SourceError(f"{path}: columns are {sorted(columns)}, wanted path and any of {sorted(_LIST_COLUMNS)}")
-        for line, row in enumerate(reader, start=2):
-            yield _listed_sample(path, f"line {line}", row)
-
-
-def _parquet_samples(path: Path) -> Iterator[Sample]:
-    from serve.parquet_list import listed_rows  # brings pyarrow, which those who only train do not need
-
-    for number, row in enumerate(listed_rows(path, _LIST_COLUMNS)):
-        yield _listed_sample(path, f"row {number}", row)
-
-
-def _listed_sample(path: Path, place: str, row: Mapping[str, str]) -> Sample:
-    """What one row of a list says of a picture, whose path counts from the list's folder. Empty is not known."""
-    try:
-        filled = {key: value for key, value in row.items() if value}
-        return stated_sample(str(path.parent / filled.pop("path")), filled)
-    except (KeyError, ValueError, TypeError) as error:
-        raise SourceError(f"{path}, {place}: {row} is not path[,label,identity,camera,time,track] ({error})") from error
-
-
-def _seconds(text: str) -> float:
-    """A number, or an ISO 8601 time (UTC where it names no zone) in Unix seconds. Raises: ValueError."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    if not math.isfinite(seconds):  # could be neither stored nor compared
-        raise ValueError(f"time is {text}, wanted seconds or an ISO 8601 time")
-    return seconds
+        raise SourceError(f"{source}: its .json says {error}") from error

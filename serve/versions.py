@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc import model_config_pb2 as pb
 
-from serve.errors import ContractError
+from serve.errors import ContractError, first_line
 
 CONFIG_NAME = "config.pbtxt"
 """Of the model; a copy of it, as it was published, stands in every version folder."""
@@ -30,6 +30,4 @@ def read_config(path: Path) -> Any:  # noqa: ANN401  # protobuf messages have no
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise ContractError(
-            f"{path}: not a Triton configuration ({str(error).splitlines()[0]}); export the run again"
-        ) from error
+        raise ContractError(f"{path}: not a Triton configuration ({first_line(error)}); export the run again") from error

@@ -13,6 +13,7 @@ from serve.gateway.limits import Limits
 from serve.samples import Sample
 from tests.bad_images import good
 from tests.toy_encoder import toy_head, write_toy_encoder
+from tests.unit.test_calibration import calibration
 
 ROOT = Path(__file__).parents[1]
 ITEMS = 20
@@ -21,10 +22,14 @@ LIMITS = Limits(upload_s=6, max_bytes=2**21, max_pictures=16)
 
 def main(folder: Path) -> None:
     encoder = OnnxEncoder(write_toy_encoder(folder)[0])
-    samples = [Sample(f"{number}.png", label=("cat", "dog")[number % 2], time=float(number)) for number in range(ITEMS)]
+    samples = [
+        Sample(f"{number}.png", label=("cat", "dog")[number % 2], identity=str(number % 5), time=float(number))
+        for number in range(ITEMS)
+    ]
+    facts = {"heads": {"toy": toy_head(encoder.encoder_id)}, "calibration": calibration(encoder_id=encoder.encoder_id)}
     with Gallery.open(folder / "gallery", encoder, create=True) as gallery:
         gallery.add(samples, encoder.embed([good(number) for number in range(ITEMS)]))
-        serve_api(create_api(encoder, heads={"toy": toy_head(encoder.encoder_id)}, gallery=gallery, limits=LIMITS), port=0)
+        serve_api(create_api(encoder, **facts, gallery=gallery, limits=LIMITS), port=0)
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 import serve.ann.state
 from serve.catalog import Catalog
-from serve.catalog_schema import Facts
 from serve.gallery import Gallery
 from serve.gallery_folder import CATALOG_NAME
 from serve.samples import Sample
+from tests.gallery_items import toy_facts
 
 DIM = 16
 Step = dict[str, Any]
@@ -25,8 +25,7 @@ Step = dict[str, Any]
 def new_gallery(folder: Path) -> Path:
     """An empty gallery of vectors, without an encoder."""
     folder.mkdir()
-    facts = Facts(encoder_id="e" * 16, encoder_name="toy", embedding_dim=DIM, manifest="{}")
-    Catalog(folder / CATALOG_NAME, facts).close()
+    Catalog(folder / CATALOG_NAME, toy_facts(DIM)).close()
     return folder
 
 

@@ -1,27 +1,12 @@
 """Miniatures of re-ID data sets: pictures of a few pixels under the names and lists of the real ones."""
 
-import io
 import json
 import zipfile
 
 import numpy as np
-from PIL import Image
 from scipy.io import savemat
 
-
-def png(seed=0):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 6, 3), np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def fill(root, *names):
-    """A picture of its own under each name."""
-    for seed, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(seed))
-    return root
+from tests.drawn_sources import fill
 
 
 def text(path, *lines):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from serve.contract import Manifest, Preprocess, TensorSpec, file_sha256
-from serve.errors import ContractError, TrainingError
+from serve.errors import ContractError, TrainingError, first_line
 from serve.files import atomic_path
 from train.encoder import Encoder
 
@@ -43,7 +43,7 @@ def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, path)
         except RuntimeError as error:  # torch's own file writer reports a full disk this way
-            raise OSError(f"{run / CHECKPOINT}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
+            raise OSError(f"{run / CHECKPOINT}: cannot be written ({first_line(error)}); is the disk full?") from error
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
@@ -54,8 +54,7 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise TrainingError(f"{path}: truncated or not a checkpoint ({reason}); start a new --run") from error
+        raise TrainingError(f"{path}: truncated or not a checkpoint ({first_line(error)}); start a new --run") from error
     if not isinstance(state, dict) or not {"step", "model", "optimizer", "facts"} <= state.keys():
         raise TrainingError(f"{path}: not a checkpoint of simclr pretrain; start a new --run")
     return state
@@ -108,6 +107,14 @@ def save_encoder(run: Path, encoder: Encoder, preprocess: Preprocess, training: 
     return manifest
 
 
+def is_finished(run: Path) -> bool:
+    """Whether a pretraining has made all its steps. Raises: ContractError."""
+    if not (run / CARD).exists():
+        return False
+    training = Manifest.read(run / CARD).training
+    return training["steps"] == training["total_steps"]
+
+
 def load_encoder(run: Path) -> tuple[Encoder, Manifest]:
     """The encoder of a run, in evaluation mode, and its card. Raises: ContractError."""
     if not (run / CARD).exists():
@@ -123,7 +130,7 @@ def load_encoder(run: Path) -> tuple[Encoder, Manifest]:
             if file.metadata() != _extras(encoder):
                 raise ContractError(f"{run}: {WEIGHTS} and {CARD} say different pixels or borders; write both again")
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        raise ContractError(f"{run}: {WEIGHTS} does not fit {CARD} ({str(error).splitlines()[0]})") from error
+        raise ContractError(f"{run}: {WEIGHTS} does not fit {CARD} ({first_line(error)})") from error
     return encoder.eval(), manifest
 
 

@@ -182,6 +182,11 @@ def memory_shortage(count: int, preprocess: Preprocess) -> str | None:
     return f"{count} pictures of {frame} px take {needed / 2**30:.1f} GiB, at most {most:.1f} GiB may be used"
 
 
+def spread(samples: Sequence[Sample], most: int) -> Sequence[Sample]:
+    """Every n-th sample, `most` of them at most: they are sorted, often by class."""
+    return samples[:: max(1, -(-len(samples) // most))]
+
+
 def _parse_size(text: str) -> tuple[int, int]:
     height, _, width = text.lower().partition("x")
     try:
@@ -196,7 +201,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 def _fitting_size(samples: Sequence[Sample]) -> tuple[int, int]:
     """32, 64 or 224 px by the median short side of up to 50 pictures; 256x128 for tall boxes with identities or tracks."""
     sizes = []
-    for sample in samples[:: max(1, -(-len(samples) // 50))]:
+    for sample in spread(samples, 50):
         try:
             sizes.append(decode(read_bytes(sample.source)).size)
         except (ImageError, SourceError):

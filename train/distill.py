@@ -30,7 +30,7 @@ from train.checkpoint import (
     write_config,
 )
 from train.config import Arch, Stem
-from train.data import sources_sha256
+from train.data import sources_sha256, spread
 from train.encoder import Encoder
 from train.linear import Feed, Recipe, as_input, descend, make_optimizer, open_feed
 from train.record import stop_signals
@@ -203,9 +203,9 @@ class _Training:
 def _compare(teacher: ServedEncoder, head: Head, student: Student, manifest: Manifest, images: ImageSet) -> dict[str, Any]:
     """How often the student names the teacher's class, and how often each is right where labels are known."""
     samples = images.test or images.train
-    spread = samples[:: -(-len(samples) // SCORED)]
-    teacher_vectors, kept, _ = embed_samples(teacher, spread, "teacher")
-    student_vectors, _, _ = embed_samples(TorchEncoder(student.encoder, manifest), spread, "student")
+    some = spread(samples, SCORED)
+    teacher_vectors, kept, _ = embed_samples(teacher, some, "teacher")
+    student_vectors, _, _ = embed_samples(TorchEncoder(student.encoder, manifest), some, "student")
     own_head = student.head(head.classes, manifest.encoder_id, {})
     named = {
         "teacher_accuracy": head.probabilities(teacher_vectors).argmax(1),

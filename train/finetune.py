@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from serve.errors import ContractError, TrainingError
+from serve.errors import ContractError, TrainingError, first_line
 from serve.samples import Sample
 from train.checkpoint import CHECKPOINT, load_checkpoint
 from train.data import step_generator
@@ -42,8 +42,9 @@ def head_of(run: Path) -> ProjectionHead:
         head = ProjectionHead(linears[0].shape[1], linears[-1].shape[0], len(linears))
         head.load_state_dict(state)
     except (IndexError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ContractError(f"{run / CHECKPOINT}: holds no projection head of ours ({reason}); use --from encoder") from error
+        raise ContractError(
+            f"{run / CHECKPOINT}: holds no projection head of ours ({first_line(error)}); use --from encoder"
+        ) from error
     if head.layers < 2:
         raise TrainingError(f"{run}: its projection head has one layer only; fine-tune with --from encoder")
     return head

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from serve.contract import Preprocess
 from serve.samples import ImageSet, Sample
-from train.data import load_pixels
+from train.data import load_pixels, spread
 from train.encoder import Encoder
-from train.probe import embed_pixels, groups_of, knn_accuracy, split_for_scoring, spread
+from train.probe import embed_pixels, groups_of, knn_accuracy, split_for_scoring
 
 MOST_BANK, MOST_QUERIES, MOST_UNLABELLED = 5000, 1000, 1000
 UNLABELLED = -1

@@ -19,11 +19,12 @@ from serve.bulk import embed_samples
 from serve.classify import Head
 from serve.encoder import Encoder as ServedEncoder
 from serve.errors import TrainingError
-from serve.heads.fit import HOW_TO_LABEL, fit_head
+from serve.heads.fit import HOW_TO_LABEL, Examples, fit_head
+from serve.heads.labelled import kin_of
 from serve.samples import ImageSet, Sample
 from serve.sources import open_source
 from train.augment import SimCLRAugment
-from train.data import load_pixels, step_generator, training_frame
+from train.data import load_pixels, spread, step_generator, training_frame
 from train.encoder import Encoder, UnitEncoder
 
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 200, 0.1
@@ -69,7 +70,8 @@ def evaluate(encoder: ServedEncoder, source: str, test: str | None, protocol: Li
     if protocol == "knn":
         accuracy = knn_accuracy(bank_vectors, groups_of(bank), query_vectors, groups_of(queries))
     else:
-        accuracy = head_accuracy(fit_head(bank_vectors, groups_of(bank), encoder.encoder_id), query_vectors, groups_of(queries))
+        head = fit_head(Examples(bank_vectors, groups_of(bank), kin_of(bank)), encoder.encoder_id)
+        accuracy = head_accuracy(head, query_vectors, groups_of(queries))
     return {
         "protocol": protocol,
         "encoder_id": encoder.encoder_id,
@@ -147,8 +149,3 @@ def view_retrieval(encoder: ServedEncoder, samples: Sequence[Sample], *, most: i
     assert len(kept) == len(views)
     nearest = (encoder.embed(list(views.numpy())) @ vectors.T).argmax(1)
     return float((nearest == np.arange(len(nearest))).mean())
-
-
-def spread(samples: Sequence[Sample], most: int) -> Sequence[Sample]:
-    """Every n-th sample, `most` of them: they are sorted, often by class."""
-    return samples[:: -(-len(samples) // most)] if samples else ()

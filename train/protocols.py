@@ -53,7 +53,7 @@ def evaluate(
         return evaluate_vectors(encoder, source, test, "knn" if protocol == "knn" else "linear")
     network, manifest = _trainable(run, protocol, save)
     images = labelled_images(source, test)
-    bank = split_for_scoring(images)[0]
+    bank, queries = split_for_scoring(images)
     settings: dict[str, Any] = {"protocol": protocol, "encoder_id": manifest.encoder_id}
     layer = None
     if protocol == "finetune":
@@ -71,7 +71,6 @@ def evaluate(
     model = Classifier(network, len(numbers), layer)
     preprocess = FRAME if benchmark else manifest.preprocess
     frozen = protocol != "finetune"
-    queries = split_for_scoring(images)[1]
     report = settings | fit_and_score(model, bank, queries, numbers, recipe, preprocess, frozen=frozen, seed=seed)
     if save is not None and frozen:
         _save_head(save, model, manifest, tuple(numbers), report)

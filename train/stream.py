@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from serve.contract import Preprocess
-from serve.errors import SourceError, TrainingError
+from serve.errors import SourceError, TrainingError, first_line
 from serve.samples import Sample, Unreadable
 from serve.sources import read_picture
 from train.augment import crop_views
@@ -182,7 +182,7 @@ class _Crops(Dataset[Any]):
 
 def worker_died(error: RuntimeError) -> TrainingError | None:
     """What to tell if this is the death of a worker, which torch raises wherever the trainer is at that moment."""
-    reason = str(error).splitlines()[0]
+    reason = first_line(error)
     if not reason.startswith("DataLoader worker (pid"):
         return None
     return _death(reason.rstrip(". "))

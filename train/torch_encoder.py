@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from serve.contract import Manifest
 from serve.pictures import Picture, prepare_batch
+from serve.samples import Sample
+from serve.sources import read_batches
 from train.checkpoint import load_encoder
+from train.data import spread
 from train.encoder import Encoder, UnitEncoder
 
-CALIBRATION_BATCHES = 8
+_CALIBRATION_BATCH, _CALIBRATION_BATCHES = 64, 8
 
 
 class TorchEncoder:
@@ -48,23 +50,21 @@ def open_run(run: Path, *, unit: bool = True) -> TorchEncoder:
     return TorchEncoder(*load_encoder(run), unit=unit)
 
 
-def untrained(manifest: Manifest, images_NHWC: NDArray[np.uint8], seed: int = 0) -> TorchEncoder:
+def untrained(manifest: Manifest, samples: Sequence[Sample], seed: int = 0) -> TorchEncoder:
     """The baseline that has learned nothing: the run's architecture with fresh weights.
 
-    Its batch norms have seen pictures, because with their initial statistics it would be worse than it need be.
+    Its batch norms have seen some of the pictures, because with their initial statistics it would be worse than it need be.
     """
     torch.manual_seed(seed)
     encoder = Encoder.from_facts(manifest.training)
     model = UnitEncoder(encoder).train()
+    some = spread(samples, _CALIBRATION_BATCH * _CALIBRATION_BATCHES)
+    pixels_NHWC = np.concatenate([pixels for _, pixels, _ in read_batches(some, manifest.preprocess)])
     with torch.inference_mode():
-        for chunk in _chunks(images_NHWC):
-            model(chunk)
+        for chunk in torch.from_numpy(pixels_NHWC).split(_CALIBRATION_BATCH):
+            if len(chunk) > 1:  # of one, there is no variance
+                model(chunk)
     return TorchEncoder(encoder, manifest)
-
-
-def _chunks(images_NHWC: NDArray[np.uint8]) -> list[Tensor]:
-    spread = images_NHWC[:: -(-len(images_NHWC) // (CALIBRATION_BATCHES * 64))]
-    return [chunk for chunk in torch.from_numpy(np.ascontiguousarray(spread)).split(64) if len(chunk) > 1]
 
 
 class ColourHistogram:

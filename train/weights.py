@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from serve.contract import Manifest, Preprocess, file_sha256
-from serve.errors import ContractError
+from serve.errors import ContractError, first_line
 from train.checkpoint import CARD, CHECKPOINT, save_encoder
 from train.encoder import LAYERS, Encoder, ProjectionHead
 from train.weight_names import LAYOUTS, Project, find_encoders, recognise
@@ -142,15 +142,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"unpickled; load it with the project that wrote it and torch.save the state_dict alone"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        raise ContractError(f"{path}: truncated or no file of weights ({_first_line(error)})") from error
+        raise ContractError(f"{path}: truncated or no file of weights ({first_line(error)})") from error
     tensors = dict(_walk(tree))
     if not tensors:
         raise ContractError(f"{path}: holds no tensors; wanted a state dict")
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _walk(tree: object, path: str = "") -> Iterator[tuple[str, Tensor]]:

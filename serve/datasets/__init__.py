@@ -1,1 +1,1 @@
-"""Re-ID data sets, each recognised by its layout. Every module has one `read`: the files of a root -> the set, or None."""
+"""Re-ID data sets, each recognised by its layout. A reader makes of the files of a root the set, or None."""

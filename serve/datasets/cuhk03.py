@@ -52,15 +52,16 @@ def _new_protocol(tree: Tree, root: str) -> ImageSet:
 def _chosen(tree: Tree, config: str, folder: str, names: NDArray[np.object_], places: NDArray[np.number]) -> tuple[Sample, ...]:
     """The pictures at these places, from 1, of the list of all."""
     rows = whole_numbers(places, tree.source(config)) - 1
-    if len(rows) and not 0 <= rows.min() <= rows.max() < len(names):
-        raise SourceError(f"{tree.source(config)}: points at picture {rows.max() + 1:,} of {len(names):,}; download it again")
+    beyond = rows[(rows < 0) | (rows >= len(names))]
+    if len(beyond):
+        raise SourceError(f"{tree.source(config)}: points at picture {beyond[0] + 1:,} of {len(names):,}; download it again")
     members = [f"{folder}/{np.squeeze(names[row])}" for row in rows]
-    samples = []
-    for member, there in zip(members, tree.present(members, config), strict=True):
+    samples, there = [], tree.present(members, config)
+    for member in members:
         match = _NAME.match(member.rpartition("/")[2])
         if match is None:
             raise SourceError(f"{tree.source(config)}: lists {member}, wanted names like 1_001_1_01.png")
-        if there:
+        if member in there:
             samples.append(sample_named(tree.source(member), match))
     return tuple(sorted(samples, key=lambda sample: sample.source))
 

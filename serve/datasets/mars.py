@@ -7,7 +7,8 @@ rows of the test set that are queries; all others are gallery. -1 is junk, 0 a d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,22 +28,43 @@ def read(tree: Tree) -> ImageSet | None:
     if root is None:
         return None
     lists = f"{root}info/" if tree.has(f"{root}info/{_TEST}") else root
-    train: tuple[Sample, ...] = ()
-    if tree.has(f"{lists}tracks_train_info.mat"):
-        rows = _table(tree, f"{lists}tracks_train_info.mat", "track_train_info")
-        train = tuple(_frames(tree, lists, f"{root}bbox_train", rows, range(len(rows))))
-    rows = _table(tree, f"{lists}{_TEST}", "track_test_info")
+    train = _tracklets(tree, root, lists, "train") if tree.has(f"{lists}tracks_train_info.mat") else []
+    test = _tracklets(tree, root, lists, "test")
     (asked,) = variables(tree, f"{lists}query_IDX.mat", "query_IDX")
     queries = set((whole_numbers(asked, f"{tree.source(lists)}query_IDX.mat") - 1).tolist())
-    if not queries <= set(range(len(rows))):
-        raise SourceError(f"{tree.source(lists)}query_IDX.mat: points beyond the {len(rows):,} tracklets; download it again")
-    others = [row for row in range(len(rows)) if row not in queries]
+    if not queries <= set(range(len(test))):
+        raise SourceError(f"{tree.source(lists)}query_IDX.mat: points beyond the {len(test):,} tracklets; download it again")
     return ImageSet(
-        train=train,
-        query=tuple(_frames(tree, lists, f"{root}bbox_test", rows, sorted(queries))),
-        gallery=tuple(_frames(tree, lists, f"{root}bbox_test", rows, others)),
+        train=_frames(train),
+        query=_frames(test[row] for row in sorted(queries)),
+        gallery=_frames(frames for row, frames in enumerate(test) if row not in queries),
         layout="mars",
     )
+
+
+def _frames(tracklets: Iterable[list[Sample]]) -> tuple[Sample, ...]:
+    return tuple(chain.from_iterable(tracklets))
+
+
+def _tracklets(tree: Tree, root: str, lists: str, part: str) -> list[list[Sample]]:
+    """The frames of every tracklet of one part, train or test."""
+    names = [name for (name,) in tree.rows(f"{lists}{part}_name.txt", 1)]
+    rows = _table(tree, f"{lists}tracks_{part}_info.mat", f"track_{part}_info")
+    tracklets = []
+    for number, (first, last, person, camera) in enumerate(rows.tolist(), start=1):
+        frames = []
+        for name in names[first - 1 : last]:
+            match = _NAME.match(name)
+            if match is None or (int(match[1].removeprefix("00")), int(match[2])) != (person, camera):
+                raise SourceError(
+                    f"{tree.source(lists)}{part}_name.txt: tracklet {number} is of person {person}, camera {camera}, "
+                    f"but holds {name}; download the lists again"
+                )
+            identity = JUNK_IDENTITY if person == -1 else match[1]
+            source = tree.source(f"{root}bbox_{part}/{match[1]}/{name}")
+            frames.append(Sample(source, identity=identity, camera=match[2], time=float(match[3]), track=f"{part} {number}"))
+        tracklets.append(frames)
+    return tracklets
 
 
 def _table(tree: Tree, member: str, name: str) -> NDArray[np.int64]:
@@ -52,20 +74,3 @@ def _table(tree: Tree, member: str, name: str) -> NDArray[np.int64]:
     if rows.shape[1] != 4:
         raise SourceError(f"{tree.source(member)}: {name} is {rows.shape}, wanted four columns; download it again")
     return whole_numbers(rows, tree.source(member))
-
-
-def _frames(tree: Tree, lists: str, folder: str, rows: NDArray[np.int64], chosen: Iterable[int]) -> Iterator[Sample]:
-    part = folder.rpartition("_")[2]
-    names = [name for (name,) in tree.rows(f"{lists}{part}_name.txt", 1)]
-    for row in chosen:
-        first, last, person, camera = rows[row].tolist()
-        for name in names[first - 1 : last]:
-            match = _NAME.match(name)
-            if match is None or (int(match[1].removeprefix("00")), int(match[2])) != (person, camera):
-                raise SourceError(
-                    f"{tree.source(lists)}{part}_name.txt: tracklet {row + 1} is of person {person}, camera {camera}, "
-                    f"but holds {name}; download the lists again"
-                )
-            identity = JUNK_IDENTITY if person == -1 else match[1]
-            source = tree.source(f"{folder}/{match[1]}/{name}")
-            yield Sample(source, identity=identity, camera=match[2], time=float(match[3]), track=f"{part} {row + 1}")

@@ -7,6 +7,7 @@ from 0, so that the former are called train-0 here. `list_val.txt` is of the tra
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from serve.datasets.tree import Tree, sample_named
 from serve.errors import SourceError
@@ -36,11 +37,11 @@ def _listed(tree: Tree, listing: str, folder: str, prefix: str) -> tuple[Sample,
         return ()
     samples = []
     rows = [(f"{folder}/{path}", identity) for path, identity in tree.rows(listing, 2)]
-    for (member, identity), there in zip(rows, tree.present([member for member, _ in rows], listing), strict=True):
+    there = tree.present([member for member, _ in rows], listing)
+    for member, identity in rows:
         match = _NAME.match(member.rpartition("/")[2])
         if match is None:
             raise SourceError(f"{tree.source(listing)}: {member} names no camera, wanted 0000_000_01_0303morning_0015_0.jpg")
-        if there:
-            known = sample_named(tree.source(member), match)
-            samples.append(Sample(known.source, identity=f"{prefix}{identity}", camera=known.camera))
+        if member in there:
+            samples.append(replace(sample_named(tree.source(member), match), identity=f"{prefix}{identity}"))
     return tuple(sorted(samples, key=lambda sample: sample.source))

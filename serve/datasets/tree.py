@@ -81,19 +81,18 @@ class Tree:
                 )
         return [row for _, row in rows]
 
-    def present(self, names: Sequence[str], listed_in: str) -> list[bool]:
-        """Which of these pictures are there; how many are not is logged."""
-        found = [self.has(name) for name in names]
-        if not all(found):
-            missing = found.count(False)
+    def present(self, names: Sequence[str], listed_in: str) -> frozenset[str]:
+        """Those of these pictures that are there; how many are not is logged."""
+        missing = [name for name in names if not self.has(name)]
+        if missing:
             _log.warning(
                 "%s: %s of its %s pictures are not there, such as %s",
                 self.source(listed_in),
-                f"{missing:,}",
-                f"{len(found):,}",
-                names[found.index(False)],
+                f"{len(missing):,}",
+                f"{len(names):,}",
+                missing[0],
             )
-        return found
+        return frozenset(names) - frozenset(missing)
 
 
 def sample_named(source: str, match: re.Match[str]) -> Sample:

@@ -39,5 +39,5 @@ def _listed(tree: Tree, root: str, name: str) -> tuple[Sample, ...]:
         return ()
     rows = [(f"{root}image/{picture}.jpg", vehicle) for picture, vehicle in tree.rows(listing, 2)]
     there = tree.present([member for member, _ in rows], listing)
-    samples = [Sample(tree.source(row[0]), identity=row[1]) for row, found in zip(rows, there, strict=True) if found]
+    samples = [Sample(tree.source(member), identity=vehicle) for member, vehicle in rows if member in there]
     return tuple(sorted(samples, key=lambda sample: sample.source))

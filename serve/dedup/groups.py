@@ -14,7 +14,7 @@ from serve.errors import GalleryError
 from serve.gallery import Gallery
 from serve.item import Item
 
-_COMPARED = ("label", "identity", "camera")
+COMPARED = ("label", "identity", "camera")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Group:
     def differing(self) -> dict[str, list[str]]:
         """Label, identity and camera, where more than one is known: their values."""
         items = [copy.item for copy in (self.keep, *self.others)]
-        known = {field: {getattr(item, field) for item in items} - {None} for field in _COMPARED}
+        known = {field: {getattr(item, field) for item in items} - {None} for field in COMPARED}
         return {field: sorted(values) for field, values in known.items() if len(values) > 1}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.dedup.files import Kind
-from serve.dedup.groups import Copy, Group
+from serve.dedup.groups import COMPARED, Copy, Group
 from serve.duplicates import Duplicates
 from serve.errors import GalleryError
 from serve.files import atomic_path
@@ -66,7 +66,7 @@ def report_lines(found: Duplicates, gallery: str, removals: Path | None) -> list
     if found.unreadable:
         first = found.unreadable[0].reason
         lines.append(f"unreadable: {len(found.unreadable):,} files, grouped by their vectors alone; the first: {first}")
-    for field in ("label", "identity", "camera"):
+    for field in COMPARED:
         if count := _differing(found, field):
             lines.append(f"{field} differs within {count:,} groups")
     for group in found.groups[:_SHOWN_GROUPS]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
@@ -14,10 +15,13 @@ from serve.gateway.limits import Limits
 from serve.gateway.metrics import Metrics
 from serve.gateway.rates import Rates
 from serve.gateway.refusal import RefusedError, content_length, refuse
+from serve.ports import is_loopback
 
 FREE = ("/health/live", "/health/ready", "/openapi.json")
-ASKING = ("/v1/embed", "/v1/classify", "/v1/search", "/v1/search/image")
+ASKING = ("/v1/embed", "/v1/classify", "/v1/search", "/v1/search/image", "/v1/reid/identify", "/v1/reid/identify/image")
 """POST, because they bring a picture or a vector; they change nothing."""
+_NO_NAME = re.compile(r"(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]+)?", re.IGNORECASE)
+"""A Host that no stranger's DNS can make lead here."""
 
 
 def needed_scope(method: str, path: str) -> Scope | None:
@@ -30,7 +34,10 @@ def needed_scope(method: str, path: str) -> Scope | None:
 
 
 class Guard:
-    """ASGI middleware. Without keys everybody is let in, but for what another site's page makes a browser send."""
+    """ASGI middleware. Without keys everybody is let in, but for what another site's page makes a browser send.
+
+    Such a page has an Origin of its own; or its name leads here by now, so that its browser takes us for its site.
+    """
 
     def __init__(self, app: ASGIApp, keys: Keyring | None, limits: Limits, metrics: Metrics) -> None:
         self._app, self._keys, self._metrics = app, keys, metrics
@@ -52,8 +59,11 @@ class Guard:
         headers = Headers(scope=scope)
         if self._keys is not None:
             return f"key {_checked(self._keys, headers, needed).name}"
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != headers.get("host"):
+        origin, host = headers.get("origin"), headers.get("host", "")
+        if is_loopback((scope.get("server") or ("", 0))[0]) and not _NO_NAME.fullmatch(host):
+            told = "without keys it answers to localhost or an address; serve with --keys FILE"
+            raise RefusedError(403, "host", f"this server was asked by the name {host[:100]!r}; {told}")
+        if origin is not None and origin.partition("://")[2] != host:
             told = "pages of other sites are not let in where there are no keys; serve with --keys FILE"
             raise RefusedError(403, "cross-site", f"the request comes from a page of {origin[:100]}; {told}")
         return f"address {(scope.get('client') or ('unknown', 0))[0]}"

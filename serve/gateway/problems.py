@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
-from serve.errors import EncoderMismatch, EncoderUnavailable, GalleryError, Reembedded, SimclrError
+from serve.errors import DamagedItem, EncoderMismatch, EncoderUnavailable, GalleryError, Reembedded, SimclrError
 from serve.preprocess import ImageError
 from serve.sources import printable
 
@@ -23,6 +23,7 @@ STATUS: dict[type[Exception], int] = {
     EncoderMismatch: 409,
     EncoderUnavailable: 503,
     Reembedded: 409,
+    DamagedItem: 500,
     GalleryError: 503,
     SimclrError: 500,
 }

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Path, Query, Request
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from starlette.exceptions import HTTPException
+from pydantic import BaseModel, ConfigDict, Field
 
-from serve.errors import GalleryError
 from serve.filters import Where
 from serve.gallery import Gallery
 from serve.gateway.batching import Batcher
 from serve.gateway.examples import ENCODER_ID, ITEM, VECTOR, example
 from serve.gateway.json_body import json_body, read_json
-from serve.gateway.limits import MAX_HITS, MAX_ID, MAX_OFFSET, MAX_URL
+from serve.gateway.limits import MAX_HITS, MAX_ID, MAX_OFFSET
 from serve.gateway.metrics import Metrics
 from serve.gateway.problems import PICTURE_PROBLEMS, documented
-from serve.gateway.shelf import Shelf, asked_where, on_item
+from serve.gateway.shelf import Shelf, asked_where
+from serve.gateway.subject import WAYS, Subject, one_of, vector_of
 from serve.gateway.uploads import PICTURE_BODY, read_picture
 from serve.gateway.urls import Fetcher
-from serve.index import unit_vectors
 from serve.search import Hit
 
 ItemId = Annotated[int, Path(ge=1, le=MAX_ID)]
-_KINDS = {"id": "integer", "vector": "array", "url": "string"}
 
 
 class Choice(BaseModel):
@@ -40,13 +37,13 @@ class Choice(BaseModel):
     threshold: float | None = Field(None, ge=-1, le=1, allow_inf_nan=False, description="Only hits of this score or more.")
 
 
-class SearchQuery(Choice):
-    """What to search with, by exactly one of id, vector and url, and which hits are wanted."""
+class SearchQuery(Choice, Subject):
+    """What to search with, where an item is its own first hit, and which hits are wanted."""
 
     model_config = ConfigDict(
         strict=True,
         json_schema_extra={
-            "oneOf": [{"required": [name], "properties": {name: {"type": kind}}} for name, kind in _KINDS.items()],
+            **one_of(WAYS),
             "examples": [
                 {"id": 7, "k": 10, "where": "camera != 2"},
                 {"vector": VECTOR, "threshold": 0.5},
@@ -54,19 +51,6 @@ class SearchQuery(Choice):
             ],
         },
     )
-
-    id: int | None = Field(None, ge=1, le=MAX_ID, description="An item of the gallery, which is then its own first hit.")
-    vector: list[Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
-        None, description="As long as the encoder's; it need not be of unit length."
-    )
-    url: str | None = Field(None, max_length=MAX_URL, description="Of a picture, on one of the hosts that this server may ask.")
-
-    @model_validator(mode="after")
-    def _one_of_three(self) -> Self:
-        given = [name for name in _KINDS if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"got {' and '.join(given) or 'nothing'} to search with, wanted exactly one of id, vector, url")
-        return self
 
 
 class SearchAnswer(BaseModel):
@@ -80,22 +64,14 @@ class SearchAnswer(BaseModel):
 def search_routes(shelf: Shelf, batcher: Batcher, fetcher: Fetcher, metrics: Metrics) -> APIRouter:
     """/v1/search and /v1/search/image."""
     router = APIRouter(prefix="/v1/search", tags=["search"])
-    manifest = batcher.encoder.manifest
+    encoder_id = batcher.encoder.encoder_id
 
     async def answer(query_D: NDArray[np.float32], where: Where, choice: Choice) -> SearchAnswer:
         def search(gallery: Gallery) -> list[Hit]:
             with metrics.search_s.time():
                 return _hits(gallery, query_D, where, choice)
 
-        return SearchAnswer(encoder_id=manifest.encoder_id, hits=await shelf.read(search))
-
-    async def vector_of(query: SearchQuery) -> NDArray[np.float32]:
-        if query.id is not None:
-            item_id = query.id
-            return await shelf.read(on_item(item_id, lambda gallery: gallery.vector(item_id)))
-        if query.url is not None:
-            return await batcher.embed(await fetcher.fetch(query.url))
-        return _unit(query.vector or [], manifest.embedding_dim)
+        return SearchAnswer(encoder_id=encoder_id, hits=await shelf.read(search))
 
     @router.post(
         "",
@@ -106,7 +82,7 @@ def search_routes(shelf: Shelf, batcher: Batcher, fetcher: Fetcher, metrics: Met
     async def search(request: Request) -> SearchAnswer:
         query = await read_json(request, SearchQuery)
         where = asked_where(query.where)
-        return await answer(await vector_of(query), where, query)
+        return await answer(await vector_of(query, shelf, batcher, fetcher), where, query)
 
     @router.post(
         "/image", summary="What is similar to a picture", openapi_extra=PICTURE_BODY, responses=documented(*PICTURE_PROBLEMS)
@@ -122,12 +98,3 @@ def _hits(gallery: Gallery, query_D: NDArray[np.float32], where: Where, choice: 
     if choice.threshold is None:
         return gallery.search(query_D, choice.k, where, offset=choice.offset)
     return gallery.within(query_D, choice.threshold, where, choice.k, offset=choice.offset)
-
-
-def _unit(vector: list[float], dim: int) -> NDArray[np.float32]:
-    """The unit vector (D,). Raises: HTTPException 422."""
-    try:
-        unit: NDArray[np.float32] = unit_vectors(np.array([vector], np.float64), dim, "vector")[0]
-    except GalleryError as error:
-        raise HTTPException(422, str(error)) from error
-    return unit

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from starlette.exceptions import HTTPException
 
-from serve.errors import GalleryError
+from serve.errors import GalleryError, NoSuchItem
 from serve.filters import Where, as_where
 from serve.gallery import Gallery
 from serve.gateway.metrics import Metrics
@@ -43,9 +43,7 @@ def on_item(item_id: int, work: Callable[[Gallery], _T]) -> Callable[[Gallery], 
     def done(gallery: Gallery) -> _T:
         try:
             return work(gallery)
-        except GalleryError as error:
-            if _exists(gallery, item_id):
-                raise
+        except NoSuchItem as error:
             raise HTTPException(404, f"there is no item {item_id}; was it removed?") from error
 
     return done
@@ -57,15 +55,6 @@ def asked_where(text: str | None) -> Where:
         return as_where(text)
     except GalleryError as error:
         raise HTTPException(400, str(error)) from error
-
-
-def _exists(gallery: Gallery, item_id: int) -> bool:
-    try:
-        gallery.item(item_id)
-    except GalleryError:
-        len(gallery)  # raises if nothing can be read at all
-        return False
-    return True
 
 
 def _size(gallery: Gallery) -> float:

@@ -5,7 +5,7 @@ Shapes: N pictures, D dimensions, C classes, E = D + 1 (serve/heads/logistic.py)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,19 @@ _WORSE = 1.05
 DECAY_UNSEEN = 1.0
 """With one picture of each class there is nothing to choose by."""
 FOLDS, MANY = 5, 5000
-"""Every fifth picture of a class is held back, each in its turn; of more pictures than MANY one such fifth is enough."""
+"""Every fifth of a class is held back, each in its turn; of more pictures than MANY one such fifth is enough."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What a head is fitted on."""
+
+    vectors: NDArray[np.float32]
+    """(N, D): of unit length."""
+    groups: Sequence[str]
+    """The class of each."""
+    kin: Sequence[Hashable] | None = None
+    """Pictures that share it, as those of one animal, are held back together; None: each stands alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,28 +54,27 @@ class HeldBack:
 
 
 def fit_head(
-    vectors: NDArray[np.float32],
-    groups: Sequence[str],
+    examples: Examples,
     encoder_id: str,
     *,
     balanced: bool = False,
     abstain_below: float = 0.0,
     wanted_accuracy: float | None = None,
 ) -> Head:
-    """Logistic regression on unit vectors (N, D), one name of a class for each, with calibrated probabilities.
+    """Logistic regression with calibrated probabilities.
 
     Args: balanced, every class weighs the same, however many pictures it has; abstain_below, the confidence below which the
     head does not decide; wanted_accuracy, choose that confidence so that so large a share of what it decides is right.
     Raises: TrainingError with fewer than two classes, or where wanted_accuracy is out of reach.
     """
-    classes = sorted(set(groups))
+    vectors, classes = examples.vectors, sorted(set(examples.groups))
     if len(classes) < 2:
         raise TrainingError(f"a head needs at least two classes, got {classes}; {HOW_TO_LABEL}")
     number = {name: index for index, name in enumerate(classes)}
-    y_N = np.array([number[name] for name in groups])
+    y_N = np.array([number[name] for name in examples.groups])
     weight_N = class_weights(y_N, balanced=balanced)
     start_CE = np.zeros((len(classes), vectors.shape[1] + 1))
-    decay, held = sweep(vectors, y_N, weight_N, start_CE)
+    decay, held = sweep(vectors, y_N, weight_N, start_CE, validation_folds(y_N, _kin_numbers(examples)))
     temperature = find_temperature(held.logits, held.truth, held.weight) if len(held.truth) else 1.0
     probability_MC = softmax(held.logits / temperature, axis=1)
     if wanted_accuracy is not None:
@@ -94,9 +105,10 @@ def class_weights(y_N: NDArray[np.int64], *, balanced: bool) -> Reals:
     return len(y_N) / (len(count_C) * count_C[y_N]) if balanced else np.ones(len(y_N))
 
 
-def sweep(x_ND: NDArray[np.float32], y_N: NDArray[np.int64], weight_N: Reals, start_CE: Reals) -> tuple[float, HeldBack]:
+def sweep(
+    x_ND: NDArray[np.float32], y_N: NDArray[np.int64], weight_N: Reals, start_CE: Reals, folds: Sequence[NDArray[np.bool_]]
+) -> tuple[float, HeldBack]:
     """The weight decay with the least log loss on what is held back, and what was said there."""
-    folds = validation_folds(y_N)
     place_M = np.concatenate([np.flatnonzero(held_N) for held_N in folds] or [np.zeros(0, np.int64)])
     truth_M, weight_M = y_N[place_M], weight_N[place_M]
     best = DECAY_UNSEEN, HeldBack(truth_M, np.zeros((0, len(start_CE))), weight_M)
@@ -113,13 +125,40 @@ def sweep(x_ND: NDArray[np.float32], y_N: NDArray[np.int64], weight_N: Reals, st
     return best
 
 
-def validation_folds(y_N: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
-    """Masks (N,) of what is held back in each turn. A class with one picture is only ever learned from."""
-    count_C = np.bincount(y_N)
-    place_N = np.empty(len(y_N), np.int64)
-    place_N[np.argsort(y_N, kind="stable")] = np.concatenate([np.arange(count) for count in count_C])
-    turns = [(place_N % FOLDS == turn) & (count_C[y_N] > 1) for turn in range(FOLDS)]
-    return [held_N for held_N in turns if held_N.any()][: 1 if len(y_N) > MANY else FOLDS]
+def validation_folds(y_N: NDArray[np.int64], kin_N: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
+    """Masks (N,) of what is held back in each turn, kin together. A class that would be gone is only learned from there."""
+    turn_N, folds = _turns(y_N, kin_N), []
+    for turn in range(FOLDS):
+        held_N = turn_N == turn
+        left_C = np.bincount(y_N[~held_N], minlength=y_N.max() + 1)
+        folds.append(held_N & (left_C[y_N] > 0))
+    return [held_N for held_N in folds if held_N.any()][: 1 if len(y_N) > MANY else FOLDS]
+
+
+def _turns(y_N: NDArray[np.int64], kin_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N,): kin take turns within the class of their first picture; of a class that has one kin only, the pictures do."""
+    _, first_K, number_N = np.unique(kin_N, return_index=True, return_inverse=True)
+    turn_N = _places(y_N[first_K])[number_N] % FOLDS
+    for one in range(y_N.max() + 1):
+        its = np.flatnonzero(y_N == one)
+        if len(its) and (kin_N[its] == kin_N[its[0]]).all():
+            turn_N[its] = np.arange(len(its)) % FOLDS
+    return turn_N
+
+
+def _places(class_K: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(K,): how many of the same class come before each."""
+    order_K = np.argsort(class_K, kind="stable")
+    place_K = np.empty(len(class_K), np.int64)
+    place_K[order_K] = np.concatenate([np.arange(count) for count in np.bincount(class_K)])
+    return place_K
+
+
+def _kin_numbers(examples: Examples) -> NDArray[np.int64]:
+    """(N,): from 0, in the order of their first pictures."""
+    numbers: dict[Hashable, int] = {}
+    kin = range(len(examples.groups)) if examples.kin is None else examples.kin
+    return np.array([numbers.setdefault(key, len(numbers)) for key in kin], np.int64)
 
 
 def _calibration(held: HeldBack) -> dict[str, float | None]:

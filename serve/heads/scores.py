@@ -21,7 +21,7 @@ def figures_of(
     named_M, confidence_M = probability_MC.argmax(axis=1), probability_MC.max(axis=1)
     counts_CC = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(counts_CC, (truth_M, named_M), 1)
-    per_class = dict(zip(classes, map(_class_figures, range(len(classes)), [counts_CC] * len(classes)), strict=True))
+    per_class = {name: _class_figures(number, counts_CC) for number, name in enumerate(classes)}
     decided_M = confidence_M >= abstain_below
     return {
         "held_back_pictures": len(truth_M),

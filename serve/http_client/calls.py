@@ -22,6 +22,7 @@ from serve.errors import EncoderMismatch, EncoderUnavailable
 from serve.gateway.limits import Limits
 from serve.http_client.errors import foreign, refusal, unreached
 from serve.http_client.uploads import Options, Upload, alone, encoded, groups, together
+from serve.identity.decision import Decision
 from serve.item import Item, Known
 from serve.preprocess import ImageError
 from serve.search import Hit
@@ -32,7 +33,9 @@ UNTOUCHED = (429,)
 """The same for what may not: 429 is said before anything is done, 503 perhaps after."""
 RETRY_AFTER_S = 1.0
 """The shortest pause, and that for an answer which does not say, or names a date."""
-ITEMS = "/v1/items"
+ITEMS, IDENTIFY = "/v1/items", "/v1/reid/identify"
+Query: TypeAlias = Upload | int | NDArray[np.floating]
+"""A picture, a URL, an item's id, or a vector (D,)."""
 _T = TypeVar("_T")
 
 
@@ -51,6 +54,13 @@ class Classified:
 
     label: str | None
     probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Identified(Decision):
+    """A decision, and why the server's threshold no longer keeps its promise; None as long as it does."""
+
+    warning: str | None
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ class Request:
 
 _HITS, _INFO, _ITEM, _PAGE = TypeAdapter(_Hits), TypeAdapter(Info), TypeAdapter(Item), TypeAdapter(Page)
 _VECTOR, _EMBEDDED = TypeAdapter(_Embedded), TypeAdapter(_Results[_Embedded])
+_IDENTIFIED = TypeAdapter(Identified)
 _CLASSIFIED = TypeAdapter(_Results[Classified])
 Steps: TypeAlias = Generator[Request, httpx.Response | httpx.RequestError, _T]
 """Requests that lead to a result."""
@@ -130,7 +141,7 @@ class Calls:
 
     def search(
         self,
-        query: Upload | int | NDArray[np.floating],
+        query: Query,
         k: int = 10,
         where: str | None = None,
         *,
@@ -143,15 +154,24 @@ class Calls:
         Raises: GalleryError, ImageError, SourceError if the URL does not answer.
         """
         page = {"k": k, "where": where, "offset": offset, "threshold": threshold}
-        if isinstance(query, np.ndarray):
-            options: Options = {"json": page | {"vector": query.tolist()}}
-        elif isinstance(query, int | np.integer):
-            options = {"json": page | {"id": int(query)}}
-        elif isinstance(query, str) and query.startswith(("http://", "https://")):
-            options = {"json": page | {"url": query}}
-        else:
-            return (yield from self._ask(_HITS, "POST", "/v1/search/image", **alone(encoded(query), page))).hits
-        return (yield from self._ask(_HITS, "POST", "/v1/search", **options)).hits
+        subject = _subject(query)
+        if isinstance(subject, dict):
+            return (yield from self._ask(_HITS, "POST", "/v1/search", json=page | subject)).hits
+        (picture,) = subject
+        return (yield from self._ask(_HITS, "POST", "/v1/search/image", **alone(encoded(picture), page))).hits
+
+    def identify(self, probe: Query | Sequence[Upload], k: int = 5, where: str | None = None) -> Steps[Identified]:
+        """Who is on a picture, several of one tracklet, or what `search` takes; several vectors are an array (N, D).
+
+        As `serve.identity.identify.identify` with the server's calibration; an item is left out of its own answer.
+        Raises: GalleryError, ImageError of the first unreadable picture, SourceError if the URL does not answer.
+        """
+        among = {"k": k, "where": where}
+        subject = _subject(probe)
+        if isinstance(subject, dict):
+            return (yield from self._ask(_IDENTIFIED, "POST", IDENTIFY, json=among | subject))
+        pictures = [encoded(picture) for picture in subject]
+        return (yield from self._ask(_IDENTIFIED, "POST", f"{IDENTIFY}/image", **together(pictures, among)))
 
     def items(self, where: str | None = None, *, limit: int = 100, offset: int = 0) -> Steps[Page]:
         """Items that pass `where`, in the order they were added. Raises: GalleryError."""
@@ -264,6 +284,17 @@ class Calls:
         if not answer.is_success:
             raise refusal(self._url + path, answer)
         return answer
+
+
+def _subject(query: Query | Sequence[Upload]) -> dict[str, object] | Sequence[Upload]:
+    """What says it in JSON, or the pictures that have to be sent."""
+    if isinstance(query, np.ndarray):
+        return {"vector" if query.ndim == 1 else "vectors": query.tolist()}
+    if isinstance(query, int | np.integer):
+        return {"id": int(query)}
+    if isinstance(query, str) and query.startswith(("http://", "https://")):
+        return {"url": query}
+    return [query] if isinstance(query, Upload) else query
 
 
 def _or_error(result: _T | _Unreadable) -> _T | ImageError:

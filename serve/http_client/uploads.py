@@ -47,13 +47,17 @@ class Options(TypedDict, total=False):
 
 def alone(picture: bytes, facts: Mapping[str, str | float | None] | None = None) -> Options:
     """A body that is one picture, with the facts that are known in the query."""
-    known = {name: value for name, value in (facts or {}).items() if value is not None}
-    return {"content": picture, "headers": {"Content-Type": _ENCODED}, "params": known}
+    return {"content": picture, "headers": {"Content-Type": _ENCODED}, "params": _known(facts or {})}
 
 
-def together(pictures: Sequence[bytes]) -> Options:
-    """A form of pictures."""
-    return {"files": [("images", (str(number), picture, _ENCODED)) for number, picture in enumerate(pictures)]}
+def together(pictures: Sequence[bytes], facts: Mapping[str, str | float | None] | None = None) -> Options:
+    """A form of pictures, with the facts that are known in the query."""
+    files = [("images", (str(number), picture, _ENCODED)) for number, picture in enumerate(pictures)]
+    return {"files": files, "params": _known(facts or {})}
+
+
+def _known(facts: Mapping[str, str | float | None]) -> dict[str, str | float]:
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def groups(pictures: Iterable[Upload], limits: Limits) -> Iterator[list[bytes | ImageError]]:

@@ -8,43 +8,25 @@ pictures lies between its views and fits none of them; and the best one is found
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.errors import GalleryError
-from serve.filters import And, Condition, Where, as_where
+from serve.filters import And, Condition, Not, Where, as_where
 from serve.gallery import Gallery
 from serve.identity.calibration import Calibration
+from serve.identity.decision import Decision
 from serve.pooling import pool
 from serve.samples import JUNK_IDENTITY
 from serve.search import Hit
 
 ENROLLED = And((Condition("identity", "is known"), Condition("identity", "!=", (JUNK_IDENTITY,))))
 """The items that stand for somebody."""
-_FIRST_ITEMS, _MORE = 8, 4
-"""Items to look at for each identity wanted, and so many times more if they are too few identities."""
+_ITEMS = 8
+"""To look at, for each identity wanted; if they are of too few, then as many again of the others."""
 _GROWTH = 1.5
 """From this growth of the gallery on, a threshold no longer keeps its promise: each identity more is one more to mistake."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What `identify` answers."""
-
-    verdict: Literal["known", "unknown", "undecided"]
-    """undecided: no threshold was given."""
-    identity: str | None
-    """Who it is if known."""
-    score: float | None
-    """Cosine of the probe with the best picture of the best identity; None if the filter leaves nobody."""
-    probability: float | None
-    """That the best identity is the right one, for probes mixed as those of the calibration; None without one."""
-    threshold: float | None
-    candidates: tuple[Hit, ...]
-    """The best picture of each of the best identities, the best first."""
 
 
 def enrolled_identities(gallery: Gallery) -> set[str]:
@@ -63,15 +45,15 @@ def rank_identities(
     if k < 1:
         raise GalleryError(f"identify: k is {k}, wanted 1 or more")
     enrolled, excluded = And((ENROLLED, as_where(where))), list(exclude_ids)
-    count = _FIRST_ITEMS * k
+    others, count = enrolled, _ITEMS * k
+    best: dict[str, Hit] = {}
     while True:
-        hits = gallery.search(vector_D, count, enrolled, excluded)
-        best: dict[str | None, Hit] = {}
+        hits = gallery.search(vector_D, count, others, excluded)
         for hit in hits:
-            best.setdefault(hit.identity, hit)
+            best.setdefault(str(hit.identity), hit)
         if len(best) >= k or len(hits) < count:
             return list(best.values())[:k]
-        count *= _MORE
+        others = And((enrolled, Not(Condition("identity", "in", tuple(best)))))
 
 
 def identify(
@@ -114,13 +96,3 @@ def outgrown(gallery: Gallery, calibration: Calibration) -> str | None:
         f"the threshold was chosen among {calibration.identities} identities, now there are {now}: expect an FPIR of about "
         f"{expected:.2g}, not {calibration.asked_fpir:g}; choose it anew: simclr reid calibrate"
     )
-
-
-def summary(decision: Decision) -> str:
-    """A decision as text: the verdict, then the candidates."""
-    heads = {"known": f"{decision.identity}", "unknown": "UNKNOWN", "undecided": "no threshold, so nothing is decided"}
-    likely = "" if decision.probability is None else f"  probability of the best {decision.probability:.3f}"
-    limit = "" if decision.threshold is None else f"  threshold {decision.threshold:.4f}"
-    ranked = enumerate(decision.candidates, start=1)
-    lines = [f"{rank:3}  {hit.score:.4f}  {hit.identity}  #{hit.id}  {hit.source}" for rank, hit in ranked]
-    return "\n".join([f"{heads[decision.verdict]}{likely}{limit}", *lines])

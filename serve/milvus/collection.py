@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ BLOCK_ROWS = 1000
 _TIMEOUT_S, _LOAD_TIMEOUT_S = 60, 600
 _MARK = "simclr."
 _METRIC = "COSINE"
+_Value = TypeVar("_Value")
 
 
 class Collection:
@@ -81,19 +82,19 @@ class Collection:
 
     def insert(self, rows: Sequence[Row]) -> None:
         """Add rows with ids that are not there. Each block of them goes in whole or not at all."""
-        for block in _blocks(rows):
+        for block in blocks(rows):
             with self._translated():
                 self._client.insert(self.address.collection, block, timeout=_TIMEOUT_S)
 
     def upsert(self, rows: Sequence[Row]) -> None:
         """Put rows in the place of those with their ids."""
-        for block in _blocks(rows):
+        for block in blocks(rows):
             with self._translated():
                 self._client.upsert(self.address.collection, block, timeout=_TIMEOUT_S)
 
     def delete(self, ids: Sequence[int]) -> None:
         """Remove the rows with these ids."""
-        for block in _blocks(ids):
+        for block in blocks(ids):
             with self._translated():
                 self._client.delete(self.address.collection, ids=block, timeout=_TIMEOUT_S)
 
@@ -169,6 +170,7 @@ def _marked(properties: Mapping[str, str]) -> dict[str, str]:
     return {f"{_MARK}{key}": value for key, value in properties.items()}
 
 
-def _blocks(rows: Sequence[Any]) -> Iterator[list[Any]]:
-    for start in range(0, len(rows), BLOCK_ROWS):
-        yield list(rows[start : start + BLOCK_ROWS])
+def blocks(values: Sequence[_Value]) -> Iterator[list[_Value]]:
+    """As many at a time as one message takes."""
+    for start in range(0, len(values), BLOCK_ROWS):
+        yield list(values[start : start + BLOCK_ROWS])

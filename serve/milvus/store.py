@@ -13,19 +13,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
-from typing import TypeVar, Unpack
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from serve.catalog_schema import Facts
+from serve.catalog_schema import ENCODER_SPEC, Facts
 from serve.errors import GalleryError
 from serve.filters import EVERYTHING, TEXT_FIELDS, Where
 from serve.gallery_folder import bytes_on_disk
-from serve.item import Item, Known, natural_key, new_item, relabelled, require_known
+from serve.item import Item, Known, natural_key, new_item, relabelled, require_known, require_unused
 from serve.milvus.address import Address
-from serve.milvus.collection import BLOCK_ROWS, MOST_FOUND, Collection
+from serve.milvus.collection import BLOCK_ROWS, MOST_FOUND, Collection, blocks
 from serve.milvus.expression import among, expression
 from serve.milvus.rows import FIELDS, Row, item_of, row_of
 from serve.samples import Sample
@@ -33,8 +33,7 @@ from serve.sources import name_fault
 from serve.store import Description, Found, needed
 
 _BLOCK_QUERIES = 256
-_Value = TypeVar("_Value")
-_NEXT_ID, _ENCODER_SPEC = "next_id", "encoder_spec"
+_NEXT_ID = "next_id"
 
 
 def open_milvus(text: str, facts: Facts | None, *, create: bool) -> MilvusStore:
@@ -82,11 +81,11 @@ class MilvusStore:
     @property
     def encoder_spec(self) -> str | None:
         """Where the encoder was last opened; None if nobody said."""
-        return self._collection.properties().get(_ENCODER_SPEC)
+        return self._collection.properties().get(ENCODER_SPEC)
 
     @encoder_spec.setter
     def encoder_spec(self, spec: str) -> None:
-        self._collection.set_properties({_ENCODER_SPEC: spec})
+        self._collection.set_properties({ENCODER_SPEC: spec})
 
     def add(
         self,
@@ -125,10 +124,8 @@ class MilvusStore:
 
     def _unused(self, ids: list[int]) -> list[int]:
         """These ids. Raises: GalleryError unless they can be given."""
-        used = [i for i in ids if i < self._noted_id()] + list(self.lookup(ids))
-        if used or len(set(ids)) < len(ids):
-            what = f"id {used[0]} has been used" if used else "ids must differ"
-            raise GalleryError(f"{self.address}: {what}; nothing was added; have ids given (--new-ids)")
+        noted = self._noted_id()
+        require_unused(ids, [*(i for i in ids if 1 <= i < noted), *self.lookup(ids)], self.address)
         return ids
 
     def _noted_id(self) -> int:
@@ -151,7 +148,7 @@ class MilvusStore:
         """As of a Store."""
         with self._writing:
             self._required(ids, "nothing was changed")
-            for block in _blocks(ids):
+            for block in blocks(ids):
                 rows = self._collection.some(among("id", block), [*FIELDS, "vector"])
                 self._collection.upsert([row_of(relabelled(item_of(row), known), row["vector"]) for row in rows])
 
@@ -195,7 +192,7 @@ class MilvusStore:
     def lookup(self, ids: Sequence[int], where: Where = EVERYTHING) -> dict[int, Item]:
         """Those of these items that exist and pass."""
         passing = f" and {expression(where)}" if where else ""
-        found = (self._collection.some(among("id", block) + passing, FIELDS) for block in _blocks(ids))
+        found = (self._collection.some(among("id", block) + passing, FIELDS) for block in blocks(ids))
         return {row["id"]: item_of(row) for rows in found for row in rows}
 
     def rows(self, where: Where) -> Iterator[tuple[list[Item], NDArray[np.float32]]]:
@@ -210,7 +207,7 @@ class MilvusStore:
 
     def known_sources(self, sources: Iterable[str]) -> list[str]:
         """Those of these sources that are there."""
-        found = (self._collection.some(among("source", block), ["source"]) for block in _blocks(list(sources)))
+        found = (self._collection.some(among("source", block), ["source"]) for block in blocks(list(sources)))
         return [row["source"] for rows in found for row in rows]
 
     def distinct(self, field: str) -> list[str]:
@@ -249,7 +246,3 @@ class MilvusStore:
         with suppress(GalleryError):  # this note only saves the next session a look
             self._note_next_id()
         self._collection.close()
-
-
-def _blocks(values: Sequence[_Value]) -> Iterator[Sequence[_Value]]:
-    return (values[start : start + BLOCK_ROWS] for start in range(0, len(values), BLOCK_ROWS))

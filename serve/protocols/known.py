@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 
 from serve.errors import SourceError
 from serve.protocols.names import Flip, ProtocolName
-from serve.samples import JUNK_IDENTITY, ImageSet, Sample
+from serve.samples import JUNK_IDENTITY, NOBODY, ImageSet, Sample
 
-NOBODY = ("0000", "0000others", JUNK_IDENTITY)
-"""Identities of data sets that stand for people nobody asks for."""
 _CLASSIC_IDENTITIES = 100
 Places: TypeAlias = NDArray[np.intp]
 
@@ -29,6 +27,8 @@ class Protocol:
     title: str
     by_camera: bool = True
     draws: int = 0
+    single_shot: bool = False
+    """Whether people are drawn, and CMC is the mean over all galleries of one picture of each; else such a gallery is drawn."""
     tracks: bool = False
     """Whether the pictures of a track are one query, or one gallery item: the mean of their vectors."""
     flip: Flip = "none"
@@ -39,7 +39,7 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
     "duke": Protocol(title="DukeMTMC-reID"),
     "msmt17": Protocol(title="MSMT17"),
     "cuhk03": Protocol(title="CUHK03, new protocol (767/700 people)"),
-    "cuhk03-classic": Protocol(title="CUHK03, classic: 100 people, one gallery picture of each", draws=20),
+    "cuhk03-classic": Protocol(title="CUHK03, classic: 100 people, one gallery picture of each", draws=20, single_shot=True),
     "veri": Protocol(title="VeRi-776, image to image"),
     "vehicleid": Protocol(title="VehicleID: one gallery picture of each vehicle", by_camera=False, draws=10),
     "mars": Protocol(title="MARS, tracklet to tracklet", tracks=True),
@@ -69,7 +69,7 @@ def roles(protocol: Protocol, images: ImageSet) -> Roles:
     """Who asks and who is found. Junk is left out: it would be taken out of every ranking."""
     if images.query and images.gallery and not protocol.draws:
         return Roles(images.query, _counted(images.gallery))
-    everyone = _counted(images.test or images.everything if protocol.draws else images.everything)
+    everyone = _counted((images.test or images.everything) if protocol.draws else images.everything)
     queries = tuple(sample for sample in everyone if sample.identity not in NOBODY)
     return Roles(queries, None if protocol.draws or len(queries) == len(everyone) else everyone)
 
@@ -88,12 +88,12 @@ def identity_of(sample: Sample) -> str | None:
     return sample.identity if sample.identity is not None else sample.label
 
 
-def draws(name: ProtocolName, protocol: Protocol, identities: Sequence[str], seed: int) -> Iterator[tuple[Places, Places]]:
+def draws(protocol: Protocol, identities: Sequence[str], seed: int) -> Iterator[tuple[Places, Places]]:
     """Places of queries and of gallery, `protocol.draws` times; the same for the same seed. Raises: SourceError."""
     rng = np.random.default_rng(seed)
     people = np.array(identities)
     for _ in range(protocol.draws):
-        yield _some_identities(people, rng) if name == "cuhk03-classic" else _one_of_each(people, rng)
+        yield _some_identities(people, rng) if protocol.single_shot else _one_of_each(people, rng)
 
 
 def _some_identities(people: NDArray[np.str_], rng: np.random.Generator) -> tuple[Places, Places]:

@@ -91,14 +91,13 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
             f"{_NAMED[name]} {told['over_all_queries'][name]:.2%}" for name in ("rank1", "map_trapezoid", "map_step")
         )
     for row in told.get("cameras", []):
-        yield (
-            f"camera {row['camera']}: {row['n_queries']:,} queries, {row['n_without_match']:,} without a match"
-            + (
-                ""
-                if row["rank1"] is None
-                else f", rank-1 {row['rank1']:.2%}, mAP {row['map_step']:.2%} / {row['map_trapezoid']:.2%}"
-            )
+        counts = f"{row['n_queries']:,} queries, {row['n_without_match']:,} without a match"
+        shares = (
+            ""
+            if row["rank1"] is None
+            else f", rank-1 {row['rank1']:.2%}, mAP {row['map_step']:.2%} / {row['map_trapezoid']:.2%}"
         )
+        yield f"camera {row['camera']}: {counts}{shares}"
     for who, value in told.get("published_rank1", {}).items():
         yield f"published rank-1, {who}: {value['percent']:.1f} %, difference {value['difference']:+.1f} points"
 

@@ -14,6 +14,7 @@ from serve.protocols.choice import Choice
 from serve.protocols.known import Protocol, draws, identity_of
 from serve.protocols.single_shot import expected_cmc
 from serve.protocols.vectors import Vectors, pool_tracks
+from serve.rerank import k_reciprocal
 from serve.samples import Sample
 
 
@@ -61,7 +62,7 @@ def score(choice: Choice, queries: Vectors, gallery: Vectors | None, *, rerank: 
 def _drawn(choice: Choice, queries: Vectors, gallery: Vectors | None, seed: int) -> Iterator[tuple[Vectors, Vectors]]:
     if choice.protocol.draws and gallery is None:
         identities = [str(identity_of(sample)) for sample in queries.samples]
-        for some, among in draws(choice.asked, choice.protocol, identities, seed):
+        for some, among in draws(choice.protocol, identities, seed):
             yield queries.at(some), queries.at(among)
     else:
         yield queries, gallery or queries
@@ -72,16 +73,15 @@ def _scored(choice: Choice, queries: Vectors, gallery: Vectors, rerank: Rerank |
     query_ids, gallery_ids = ([str(identity_of(sample)) for sample in side] for side in sides)
     query_shots, gallery_shots = ([_shot(choice.protocol, sample) for sample in side] for side in sides)
     labels = query_ids, gallery_ids, query_shots, gallery_shots
-    single_shot = choice.asked == "cuhk03-classic"
     try:
-        if rerank is None and not single_shot:
+        if rerank is None and not choice.protocol.single_shot:
             report = evaluate_vectors(queries.values, gallery.values, *labels)
             return Draw(queries.samples, len(gallery.samples), report, report.cmc)
         distances = _distances(queries.values, gallery.values, rerank)
         report = evaluate_ranking(distances, *labels)
     except ValueError as error:
         raise SourceError(str(error)) from error
-    cmc = expected_cmc(distances, *labels, max_rank=len(report.cmc)) if single_shot else report.cmc
+    cmc = expected_cmc(distances, *labels, max_rank=len(report.cmc)) if choice.protocol.single_shot else report.cmc
     return Draw(queries.samples, len(gallery.samples), report, cmc)
 
 
@@ -94,8 +94,6 @@ def _shot(protocol: Protocol, sample: Sample) -> str:
 
 def _distances(queries_QD: NDArray[np.float32], gallery_GD: NDArray[np.float32], rerank: Rerank | None) -> NDArray[np.float32]:
     """(Q, G). Raises: ValueError."""
-    from serve.rerank import k_reciprocal  # brings scipy
-
     queries, gallery = (_unit(side) for side in (queries_QD, gallery_GD))
     if rerank is not None:
         return k_reciprocal(queries, gallery, transductive=rerank.transductive)

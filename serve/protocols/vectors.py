@@ -18,7 +18,7 @@ from serve.bulk_local import embed_here
 from serve.bulk_shards import plan_shards, read_outcome
 from serve.contract import METADATA_KEY, Manifest
 from serve.encoder import Encoder
-from serve.errors import SourceError
+from serve.errors import SourceError, first_line
 from serve.protocols.flip import Mirrored, combine
 from serve.protocols.names import Flip
 from serve.samples import Sample
@@ -88,7 +88,7 @@ def read_vectors(path: Path) -> Vectors:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
     except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: not a readable Parquet file ({next(iter(str(error).splitlines()), '')})") from error
+        raise SourceError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
     if "vector" not in table.column_names:
         raise SourceError(
             f"{path}: columns are {sorted(table.column_names)}, wanted vector, identity, camera; see simclr embed"
@@ -105,7 +105,7 @@ def has_vectors(source: str) -> bool:
     try:
         return "vector" in pq.read_schema(source).names
     except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{source}: not a readable Parquet file ({next(iter(str(error).splitlines()), '')})") from error
+        raise SourceError(f"{source}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def _samples(path: Path, table: pa.Table) -> list[Sample]:

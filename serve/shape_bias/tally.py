@@ -16,10 +16,8 @@ Z_95 = 1.959963984540054
 
 def tally(stimuli: Sequence[Stimulus], decisions: Sequence[str]) -> dict[str, Any]:
     """Shape bias over the conflicts, both fractions there and over all pictures, and how many are named at all."""
-    shape = np.array([stimulus.shape == decision for stimulus, decision in zip(stimuli, decisions, strict=True)])
-    texture = np.array([stimulus.texture == decision for stimulus, decision in zip(stimuli, decisions, strict=True)])
-    conflict = np.array([stimulus.conflicts for stimulus in stimuli])
-    shapes = np.array([stimulus.shape for stimulus in stimuli])
+    shapes, textures = (np.array([getattr(stimulus, cue) for stimulus in stimuli]) for cue in ("shape", "texture"))
+    shape, texture, conflict = shapes == np.array(decisions), textures == np.array(decisions), shapes != textures
     shape_hits, texture_hits = int(shape[conflict].sum()), int(texture[conflict].sum())
     return {
         "shape_bias": shape_bias(shape_hits, texture_hits),

@@ -11,8 +11,7 @@ from tqdm import tqdm
 from serve.contract import Manifest
 from serve.filters import Condition
 from serve.gallery import Gallery
-from serve.item import Item
-from serve.samples import Sample
+from serve.item import Item, sample_of
 from serve.transfer.declared import Declared
 
 
@@ -34,15 +33,15 @@ def copy_gallery(original: str, copy: str) -> CopyReport:
     new ones. Raises: EncoderMismatch, GalleryError; blocks before that are in.
     """
     with Gallery.open(original) as source, _opened(copy, source) as target:
-        copied = kept = 0
+        copied = kept = present = 0
         with tqdm(total=len(source), desc="copying", unit="vec", dynamic_ncols=True) as bar:
             for items, vectors_ND in source.rows():
                 ids = _add(target, items, vectors_ND)
                 copied += len(ids)
                 kept += sum(ids.get(item.source) == item.id for item in items)
+                present += len(items) - len(ids)
                 bar.update(len(items))
-            total = bar.n
-        return CopyReport(copied, kept, total - copied, len(target))
+        return CopyReport(copied, kept, present, len(target))
 
 
 def _opened(copy: str, source: Gallery) -> Gallery:
@@ -59,10 +58,9 @@ def _add(target: Gallery, items: list[Item], vectors_ND: NDArray[np.float32]) ->
     if not fresh:
         return {}
     chosen = [items[row] for row in fresh]
-    samples = [Sample(item.source, item.label, item.identity, item.camera, item.time) for item in chosen]
     keeps = chosen[0].id >= target.next_id
     report = target.add(
-        samples,
+        [sample_of(item) for item in chosen],
         vectors_ND[fresh],
         extra={item.source: item.extra for item in chosen},
         ids={item.source: item.id for item in chosen} if keeps else None,

@@ -15,8 +15,7 @@ from serve.bulk_shards import WRITER, table_of
 from serve.contract import METADATA_KEY
 from serve.files import atomic_path
 from serve.gallery import Gallery
-from serve.item import Item
-from serve.samples import Sample
+from serve.item import Item, sample_of
 
 ENCODER_ID_KEY = "simclr_encoder_id"
 
@@ -43,12 +42,6 @@ def export_gallery(gallery: Gallery, out: Path, where: str | None = None) -> int
 
 
 def _table(items: list[Item], vectors_ND: NDArray[np.float32]) -> pa.Table:
-    table = table_of([_sample(item) for item in items], vectors_ND)
+    table = table_of([sample_of(item) for item in items], vectors_ND)
     table = table.append_column("id", pa.array([item.id for item in items], pa.int64()))
     return table.append_column("extra", pa.array([json.dumps(item.extra) for item in items], pa.string()))
-
-
-def _sample(item: Item) -> Sample:
-    """What `simclr embed` has columns for."""
-    track = item.extra.get("track")
-    return Sample(item.source, item.label, item.identity, item.camera, item.time, track if isinstance(track, str) else None)

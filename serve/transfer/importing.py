@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 from tqdm import tqdm
 
 from serve.encoder import Encoder
@@ -96,11 +95,8 @@ def _numbered(file: VectorFile) -> Iterator[tuple[Block, int]]:
 
 def _described(block: Block, file: VectorFile, listed: ItemList | None, new_ids: bool) -> Items:
     name = file.path.name
-    facts = pa.table({"id": block.ids}) if file.has_ids else pa.table({})
     if listed is not None:
         facts = listed.of(block, file.has_ids)
         return items_of(facts, listed.path, name, block.ids, is_text=listed.is_text, keep_ids=False)
-    if block.facts is not None:
-        facts = block.facts
-    own_ids = file.manifest is not None and "id" in facts.column_names
-    return items_of(facts, file.path, name, block.ids, is_text=False, keep_ids=own_ids and not new_ids)
+    own_ids = file.manifest is not None and "id" in block.facts.column_names
+    return items_of(block.facts, file.path, name, block.ids, is_text=False, keep_ids=own_ids and not new_ids)

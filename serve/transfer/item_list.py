@@ -18,15 +18,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from serve.errors import SourceError
+from serve.errors import SourceError, first_line
 from serve.parquet_list import as_text, check_kind
-from serve.samples import Sample
-from serve.sources import stated_sample
+from serve.samples import FACTS, Sample, stated_sample
 from serve.transfer.vector_file import Block
 
 SOURCE_COLUMNS = ("source", "path", "image_path", "filepath", "url")
 """The first of these that is there names the pictures. A `path` counts from its list's folder, others are taken as they are."""
-_KNOWN = ("label", "identity", "camera", "time", "track")
 _PANDAS_INDEX = "__index_level_"
 
 
@@ -62,14 +60,14 @@ class ItemList:
                 case ".txt":
                     lines = path.read_text(encoding="utf-8").splitlines()
                     return cls(path, pa.table({"source": pa.array(lines, pa.string())}), is_text=False)
-        except (OSError, ValueError, StopIteration, pa.ArrowException) as error:
-            raise SourceError(f"{path}: cannot be read ({next(iter(str(error).splitlines()), 'empty')})") from error
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise SourceError(f"{path}: cannot be read ({first_line(error)})") from error
         raise SourceError(f"{path}: --items wants .csv, .parquet, .npy or .txt")
 
     def of(self, block: Block, by_id: bool) -> pa.Table:
         """The rows that belong to a block's: of the same numbers or, if the list has a column id and `by_id`, of those ids."""
         places = block.ids
-        if by_id and "id" in self.table.column_names:
+        if by_id and "id" in self.table.column_names and len(self.table):
             known = self._ids()
             order = np.argsort(known, kind="stable")
             places = order[np.searchsorted(known, block.ids, sorter=order).clip(max=len(known) - 1)]
@@ -89,7 +87,7 @@ class ItemList:
 
 def _read_csv(path: Path) -> pa.Table:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        names = next(csv.reader(file))
+        names = next(csv.reader(file), [])
     return pa.csv.read_csv(
         path,
         parse_options=pa.csv.ParseOptions(newlines_in_values=True),
@@ -111,7 +109,7 @@ def items_of(facts: pa.Table, origin: Path, name: str, numbers: NDArray[np.int64
     """
     source_column = next((column for column in SOURCE_COLUMNS if column in facts.column_names), None)
     for column in facts.schema:
-        if column.name in _KNOWN or column.name == source_column:
+        if column.name in FACTS or column.name == source_column:
             check_kind(origin, column)
     items = Items()
     for number, row in zip(numbers.tolist(), facts.to_pylist() if facts.num_columns else [{}] * len(numbers), strict=True):
@@ -123,7 +121,7 @@ def items_of(facts: pa.Table, origin: Path, name: str, numbers: NDArray[np.int64
             source = _source(source_column, as_text(said.pop(source_column)), origin)
         else:
             raise SourceError(f"{origin}: row {number} has no {source_column}, which names it")
-        known = {column: as_text(said.pop(column)) for column in _KNOWN if column in said}
+        known = {column: as_text(said.pop(column)) for column in FACTS if column in said}
         items.samples.append(_sample(source, known, origin))
         items.extra.setdefault(source, _extra(said, is_text, source, origin))
         if keep_ids:
@@ -149,7 +147,7 @@ def _sample(source: str, known: Mapping[str, str], origin: Path) -> Sample:
     try:
         return stated_sample(source, known)
     except ValueError as error:
-        raise SourceError(f"{origin}: {source}: time is {known['time']!r}, wanted seconds or an ISO 8601 time") from error
+        raise SourceError(f"{origin}: {source}: {error}") from error
 
 
 def _extra(said: Mapping[str, Any], is_text: bool, source: str, origin: Path) -> dict[str, JsonValue]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.catalog import Catalog
-from serve.catalog_schema import ENCODER_SPEC, INSERT, VECTORS_INDEX, Facts, sealed, vectors_table
+from serve.catalog_schema import AMONG, ENCODER_SPEC, INSERT, VECTORS_INDEX, sealed, vector_row, vectors_table, write_facts
 from serve.encoder import Encoder
+from serve.store import facts_of
 
 _PREFIX = "next_"
 Version: TypeAlias = tuple[int, int]
@@ -72,9 +73,9 @@ class NextVectors:
         """Store vectors, except of items that were removed or changed since they were `pending`."""
         with self._catalog.changing() as (db, seq):
             ids = json.dumps([item.version[0] for item in items])
-            present = set(db.execute("SELECT id, seq FROM vectors WHERE id IN (SELECT value FROM json_each(?))", [ids]))
+            present = set(db.execute(f"SELECT id, seq FROM vectors WHERE id {AMONG}", [ids]))
             rows = [
-                sealed(item.version[0], item.added, seq, vector.astype("<f4").tobytes())
+                vector_row(item.version[0], item.added, seq, vector)
                 for item, vector in zip(items, vectors_ND, strict=True)
                 if item.version in present
             ]
@@ -102,11 +103,8 @@ class NextVectors:
         return True
 
     def _rewrite_facts(self, db: sqlite3.Connection, seq: int, spec: str | None) -> None:
-        manifest = self._encoder.manifest
-        text = manifest.model_dump_json(indent=2)
-        facts = vars(Facts(self._encoder.encoder_id, manifest.name, manifest.embedding_dim, text, since=seq))
         db.execute("DELETE FROM facts")
-        db.executemany(INSERT["facts"], [sealed(key, str(value)) for key, value in facts.items()])
+        write_facts(db, replace(facts_of(self._encoder), since=seq))
         if spec is not None:
             db.execute(INSERT["facts"], sealed(ENCODER_SPEC, spec))
 

@@ -70,10 +70,9 @@ def _change_over(
     new, unreadable = NextVectors(catalog, encoder), dict[Version, Unreadable]()
     with tqdm(total=len(catalog), initial=len(new), desc="re-embedding", unit="img", dynamic_ncols=True) as bar:
         while True:
-            before = bar.n
-            unreadable = _embed_pending(new, encoder, unreadable, bar.update)
-            if bar.n > before:
-                continue  # what came meanwhile
+            unreadable, tried = _embed_pending(new, encoder, unreadable, bar.update)
+            if tried:
+                continue  # with what came meanwhile
             write_quarantine(quarantine, [*unreadable.values()])
             if unreadable and (not drop_unreadable or len(unreadable) == len(catalog)):
                 raise _refusal(unreadable, quarantine, len(catalog))
@@ -83,13 +82,13 @@ def _change_over(
 
 def _embed_pending(
     new: NextVectors, encoder: Encoder, known: Mapping[Version, Unreadable], tell: Callable[[int], object]
-) -> dict[Version, Unreadable]:
+) -> tuple[dict[Version, Unreadable], int]:
     """Embed what is pending, once. `known`: what could not be read before, which is not tried again.
 
-    Returns: what is pending still, and why.
+    Returns: what is pending still, and why; and how many pictures were tried.
     """
     unreadable: dict[Version, Unreadable] = {}
-    after = 0
+    after = tried = 0
     while block := new.pending(after, _BLOCK_ITEMS):
         after = block[-1].version[0]
         unreadable |= {item.version: known[item.version] for item in block if item.version in known}
@@ -98,8 +97,9 @@ def _embed_pending(
             vectors_ND = unit_vectors(encoder.embed(list(pixels)), encoder.manifest.embedding_dim, "the encoder's vectors")
             new.put([todo[sample.source] for sample in good], vectors_ND)
             unreadable |= {todo[picture.source].version: picture for picture in bad}
+            tried += len(good) + len(bad)
             tell(len(good) + len(bad))
-    return unreadable
+    return unreadable, tried
 
 
 def _refusal(unreadable: Mapping[Version, Unreadable], quarantine: Path, count: int) -> GalleryError:

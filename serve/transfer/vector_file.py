@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from serve.contract import METADATA_KEY, Manifest
-from serve.errors import SourceError
+from serve.errors import SourceError, first_line
 from serve.transfer.faiss_file import KINDS, FaissRows, is_faiss
 
 BLOCK_ROWS = 2048
@@ -26,7 +26,7 @@ class Block:
 
     ids: NDArray[np.int64]
     vectors: NDArray[np.floating]
-    facts: pa.Table | None = None
+    facts: pa.Table
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _open_npy(path: Path) -> VectorFile:
     def blocks() -> Iterator[Block]:
         for start in range(0, len(array), BLOCK_ROWS):
             rows = np.asarray(array[start : start + BLOCK_ROWS])
-            yield Block(np.arange(start, start + len(rows)), rows)
+            yield Block(np.arange(start, start + len(rows)), rows, pa.table({}))
 
     count, dim = array.shape
     return VectorFile(path, count, dim, blocks)
@@ -85,7 +85,7 @@ def _open_faiss(path: Path) -> VectorFile:
 
     def blocks() -> Iterator[Block]:
         for ids, vectors_ND in rows:
-            yield Block(ids, vectors_ND)
+            yield Block(ids, vectors_ND, pa.table({"id": ids}))
 
     return VectorFile(path, rows.count, rows.dim, blocks, has_ids=True)
 
@@ -132,7 +132,7 @@ def _dim(part: Path, field: pa.Field) -> int:
         for batch in file.iter_batches(batch_size=1, columns=[field.name]):
             if (first := batch.column(0)[0].as_py()) is not None:
                 return len(first)
-    raise SourceError(f"{part}: {field.name} has no vector in its first row")
+    raise SourceError(f"{part}: {field.name} holds no vector, wanted lists of floats")
 
 
 def _parquet_blocks(path: Path, parts: Sequence[Path], column: str, dim: int) -> Iterator[Block]:
@@ -163,4 +163,4 @@ def _matrix(path: Path, column: pa.ChunkedArray, dim: int, first: int) -> NDArra
 
 
 def _unreadable(path: Path, error: Exception) -> SourceError:
-    return SourceError(f"{path}: not a readable Parquet file ({next(iter(str(error).splitlines()), '')})")
+    return SourceError(f"{path}: not a readable Parquet file ({first_line(error)})")

@@ -175,7 +175,7 @@ class Endpoints:
     def _translated(self, error: Exception) -> Exception:
         if not isinstance(error, InferenceServerException):
             return ConnectionError(str(error) or type(error).__name__)
-        status, message = error.status(), str(error.message())
+        status, message = error.status(), str(error.message() or error.status())
         if status == "StatusCode.DEADLINE_EXCEEDED":
             return TimeoutError(message)
         if status in _AWAY:

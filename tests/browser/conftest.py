@@ -2,21 +2,24 @@
 
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from app import build_app, serve_app
 from serve.classify import Head
 from serve.contract import Manifest, Preprocess, TensorSpec
 from serve.gallery import Gallery
+from serve.identity.calibration import Calibration
 from serve.pictures import Picture, prepare_batch
 from serve.samples import Sample
 from serve.sources import open_source
+from tests.unit.test_calibration import calibration
 from train.demo_data import DemoSet, draw_demo_set
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -84,19 +87,54 @@ def random_head(encoder_id: str) -> Head:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("app")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The root of a small demo set; as long as it is there, all apps put uploads into one folder of the tests'."""
     spec = DemoSet(train_identities=1, test_identities=8, train_images=1, gallery_images=2, distractors=4, junk=2)
-    images = open_source(draw_demo_set(folder / "demo", spec, progress=False))
-    encoder = GridEncoder()
-    with Gallery.open(folder / "people", encoder, create=True) as gallery, pytest.MonkeyPatch.context() as environment:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        yield draw_demo_set(tmp_path_factory.mktemp("drawn") / "demo", spec, progress=False)
+
+
+@contextmanager
+def opened(gallery: Gallery, encoder: GridEncoder, decided: Calibration | None = None) -> Iterator[str]:
+    """The URL of the app over a gallery."""
+    heads = {"head": random_head(encoder.encoder_id)}
+    blocks = build_app(gallery, encoder, heads=heads, encoder_spec="model_repository", calibration=decided)
+    yield serve_app(blocks, port=free_port(), wait=False)
+    blocks.close(verbose=False)
+
+
+@contextmanager
+def serving(folder: Path, demo: Path, decided: Calibration | None = None) -> Iterator[Served]:
+    """The app over a gallery in `folder`, with the demo set's gallery in it and a hostile picture."""
+    images, encoder = open_source(demo), GridEncoder()
+    with Gallery.open(folder / "people", encoder, create=True) as gallery:
         gallery.add(images.gallery)
         gallery.add([hostile_sample(images.gallery[0], folder)])
-        environment.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        blocks = build_app(gallery, encoder, heads={"head": random_head(encoder.encoder_id)}, encoder_spec="model_repository")
-        url = serve_app(blocks, port=free_port(), wait=False)
-        yield Served(url, gallery, folder / "demo", images.query[0])
-        blocks.close(verbose=False)
+        with opened(gallery, encoder, decided) as url:
+            yield Served(url, gallery, demo, images.query[0])
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("app"), demo) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Iterator[Served]:
+    """An app of its own, with a threshold, for tests that change the gallery."""
+    decided = calibration(encoder_id=GridEncoder().encoder_id, threshold=0.7)
+    with serving(tmp_path_factory.mktemp("identities"), demo, decided) as served:
+        yield served
+
+
+@pytest.fixture
+def empty(tmp_path: Path, demo: Path) -> Iterator[str]:
+    """The URL of an app over a gallery without a picture."""
+    encoder = GridEncoder()
+    with Gallery.open(tmp_path / "new", encoder, create=True) as gallery, opened(gallery, encoder) as url:
+        yield url
 
 
 def free_port() -> int:
@@ -110,6 +148,7 @@ def free_port() -> int:
 def browser() -> Iterator[Browser]:
     if not CHROMIUM.is_file():
         pytest.skip(f"no Chromium at {CHROMIUM}")
+    expect.set_options(timeout=20_000)  # a busy machine
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
         yield chromium
@@ -120,7 +159,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, served: Served) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(20_000)
     page.goto(served.url)
     page.get_by_role("tab", name="Search").wait_for()
     yield page

@@ -19,6 +19,7 @@ def main(url: str, folder: Path, scheme: str = "light") -> None:
         shots = {
             "search": ("Search", LAPTOP),
             "reid": ("Re-ID", LAPTOP),
+            "identities": ("Identities", LAPTOP),
             "classify": ("Classify", LAPTOP),
             "phone": ("Re-ID", PHONE),
         }

@@ -31,6 +31,7 @@ from serve.gallery import Gallery
 from serve.ports import free_port
 from serve.sources import open_source
 from tests.toy_encoder import toy_head, write_toy_encoder
+from tests.unit.test_calibration import calibration
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
@@ -62,15 +63,16 @@ OPTIONS = {
     "reid enrol": "GALLERY --images --image --identity --camera --time --encoder",
     "reid identify": "GALLERY --image --threshold-file --where -k --encoder --json",
     "reid calibrate": "GALLERY --probes --fpir --out --tracks --where --plot --encoder",
+    "reid review": "GALLERY --limit --json",
     "reid rename": "GALLERY",
     "reid merge": "GALLERY --into",
     "reid split": "GALLERY --ids --where --into",
     "reid forget": "GALLERY",
     "reid track": "--threshold-file --encoder --gallery --evidence --memory-s --out",
-    "api": "--encoder --head --gallery --keys --open --host --port --url-hosts --rate --burst --at-once --waiting --batches "
-    "--max-bytes",
+    "api": "--encoder --head --gallery --threshold-file --keys --open --host --port --url-hosts --rate --burst --at-once "
+    "--waiting --batches --max-bytes",
     "key": "NAME --scope --keys",
-    "app": "--gallery --encoder --head --port",
+    "app": "--gallery --encoder --head --threshold-file --port",
     "bench serve": "URL --images --send --clients --rate --batch --seconds --warmup-s --timeout-s --metrics-url --out --json",
 }
 """DESIGN.md, section 4: names that other programs rely on."""
@@ -477,13 +479,18 @@ def test_api_of_a_gallery_behind_keys(simclr, world, tmp_path):
     assert secret.strip() not in err
     assert secret.strip() not in (tmp_path / "keys").read_text()
     command = [sys.executable, ROOT / "cli.py", "api", "--encoder", "toy", "--gallery", "gallery", "--keys", tmp_path / "keys"]
-    command += ["--port", "0", "--host", "0.0.0.0"]  # noqa: S104
+    command += ["--port", "0", "--host", "0.0.0.0", "--threshold-file", tmp_path / "threshold.json"]  # noqa: S104
+    calibration(encoder_id=Head.load(world / "toy.npz").encoder_id).save(tmp_path / "threshold.json")
     with subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, text=True) as running:
         try:
             url = f"http://127.0.0.1:{running.stdout.readline().split(':')[-1].split()[0]}"
             asked = urllib.request.Request(f"{url}/v1/items", headers={"Authorization": f"Bearer {secret.strip()}"})
             with urllib.request.urlopen(asked, timeout=20) as answer:
                 assert json.load(answer)["total"] == 10
+            header = {"Authorization": f"Bearer {secret.strip()}", "Content-Type": "application/json"}
+            asked = urllib.request.Request(f"{url}/v1/reid/identify", b'{"id": 1}', header)
+            with urllib.request.urlopen(asked, timeout=20) as answer:
+                assert json.load(answer)["threshold"] == 0.7
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(f"{url}/v1/items", timeout=20)
         finally:
@@ -711,6 +718,16 @@ def test_the_head_of_another_encoder_or_none_at_all(refused):
     got = refused("app", "--gallery", "gallery", "--encoder", "toy", "--head", "other.npz")
     assert "simclr fit-head" in got
     assert "simclr fit-head" in refused("api", "--encoder", "toy", "--head", "other.npz")
+
+
+def test_the_threshold_of_another_encoder_or_none_at_all(refused, tmp_path):
+    calibration().save(tmp_path / "other.json")
+    for file, told in (("other.json", "simclr reid calibrate"), ("none.json", "none.json: cannot be read")):
+        for verb in ("api", "app"):
+            assert told in refused(verb, "--encoder", "toy", "--gallery", "gallery", "--threshold-file", tmp_path / file)
+
+
+def test_heads_that_are_none(refused):
     for head in ("broken.npz", "missing.npz"):
         assert head in refused("app", "--gallery", "gallery", "--encoder", "toy", "--head", head)
         assert head in refused("export", "--run", "unfinished", "--repository", "out", "--head", head)
@@ -863,6 +880,7 @@ def test_nothing_to_serve(refused, repository):
         ("app", "--gallery", "gallery", "--encoder", "toy", "--port", "65536"),
         ("app", "--gallery", "gallery", "--encoder", "toy", "--port=-1"),
         ("api", "--encoder", "toy", "--port", "65536"),
+        ("api", "--encoder", "toy", "--threshold-file", "threshold.json"),
         ("api", "--encoder", "toy", "--at-once", "0"),
         ("api", "--encoder", "toy", "--waiting=-1"),
         ("api", "--encoder", "toy", "--max-bytes", "0"),

@@ -103,6 +103,22 @@ def test_rename_merge_split_forget(simclr, gallery, world):
     assert "nobody is called anna" in simclr("reid", "forget", gallery, "anna", code=1).err
 
 
+def test_what_to_review(simclr, gallery, world):
+    shutil.copy(world / "enrolled" / "person-0" / "0.png", world / "copy.png")
+    simclr("reid", "enrol", gallery, "--image", "copy.png", "--identity", "double", "--camera", "2")
+    told = json.loads(simclr("reid", "review", gallery, "--limit", 3, "--json").out)
+    (first, *_), hardest = told["confusable"], told["hardest"]
+    assert len(told["confusable"]) == len(hardest["queries"]) == 3
+    assert (first["first"]["identity"], first["second"]["identity"], first["second"]["score"]) == ("person-0", "double", 1.0)
+    assert hardest["asked"] == PEOPLE * EACH, "the one picture of a name has nobody to find"
+    assert hardest["queries"][0]["average_precision"] <= hardest["mean_average_precision"] <= 1
+    text = simclr("reid", "review", gallery).out
+    assert "person-0 #1" in text.splitlines()[1]
+    assert "simclr reid merge gallery ONE OTHER --into ONE" in text
+    simclr("reid", "merge", gallery, "person-0", "double", "--into", "person-0")
+    assert "double" not in simclr("reid", "review", gallery).out
+
+
 def test_a_tracker_is_followed(simclr, gallery, world):
     simclr("reid", "calibrate", gallery, "--probes", "probes", "--fpir", 0.1, "--out", "t.json", "--tracks")
     rows = [f"probes/person-{p}/{n}.png,{p},{1 + n % 2},{10 * p + n},person-{p}" for p in (1, 7) for n in (1, 3, 5, 7)]
@@ -124,6 +140,7 @@ def test_a_tracker_is_followed(simclr, gallery, world):
         ("enrol", "gallery", "--images", "enrolled", "--image", "a.png"),
         ("identify", "gallery"),
         ("calibrate", "gallery", "--probes", "probes", "--fpir", "1", "--out", "t.json"),
+        ("review", "gallery", "--limit", "0"),
         ("split", "gallery", "anna", "--into", "berta"),
         ("track", "crops.csv", "--threshold-file", "t.json"),
         ("track", "crops.csv", "--threshold-file", "t.json", "--encoder", "toy", "--evidence", "0"),

@@ -13,10 +13,12 @@ CONTEXT = multiprocessing.get_context("spawn")
 BATCH = 10
 
 
-def write(folder, name, until, told):
+def write(folder, name, all_there, for_s, told):
     """Batches of ten come, change their label, get other vectors, and go, each time all ten at once."""
     tag, writes = 0, 0
     with Gallery.open(folder) as gallery:
+        all_there.wait(60)  # a process may take seconds to start
+        until = time.time() + for_s
         while time.time() < until:
             batches = []
             for _ in range(4):
@@ -32,11 +34,11 @@ def write(folder, name, until, told):
     told.put(("writes", writes))
 
 
-def read(folder, until, told):
+def read(folder, all_there, for_s, told):
     """Two threads over one gallery."""
     failures, searches = [], Counter()
 
-    def look(gallery, query):
+    def look(gallery, query, until):
         while time.time() < until:
             listed = Counter(item.label for item in gallery.items())
             found = Counter(hit.label for hit in gallery.search(query, 10**6))
@@ -48,14 +50,16 @@ def read(folder, until, told):
                 assert len(hits) in (0, BATCH), (label, len(hits))
             searches["n"] += 1 + len(listed)
 
-    def guarded(gallery, query):
+    def guarded(*task):
         try:
-            look(gallery, query)
+            look(*task)
         except BaseException as error:
             failures.append(repr(error))
 
     with Gallery.open(folder) as gallery:
-        threads = [threading.Thread(target=guarded, args=(gallery, query)) for query in vectors_of([1, 2])]
+        all_there.wait(60)
+        until = time.time() + for_s
+        threads = [threading.Thread(target=guarded, args=(gallery, query, until)) for query in vectors_of([1, 2])]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -66,9 +70,9 @@ def read(folder, until, told):
 
 def test_readers_see_whole_transactions_of_other_processes(tmp_path, full):
     folder, told = new_gallery(tmp_path / "gallery"), CONTEXT.Queue()
-    until = time.time() + (60 if full else 6)
-    processes = [CONTEXT.Process(target=write, args=(folder, name, until, told)) for name in ("one", "two")]
-    processes += [CONTEXT.Process(target=read, args=(folder, until, told)) for _ in range(2)]
+    shared = CONTEXT.Barrier(4), 60 if full else 6, told
+    processes = [CONTEXT.Process(target=write, args=(folder, name, *shared)) for name in ("one", "two")]
+    processes += [CONTEXT.Process(target=read, args=(folder, *shared)) for _ in range(2)]
     for process in processes:
         process.start()
     said = [told.get(timeout=120) for _ in range(6)]

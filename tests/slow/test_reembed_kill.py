@@ -114,7 +114,7 @@ def test_killed_and_undisturbed_runs_end_alike(tmp_path, full):
                 np.testing.assert_allclose(found[i][1], vector, atol=1e-6)
         with Gallery.open(folder, new) as gallery:
             assert gallery.encoder_spec == str(graphs[1])
-    assert kills >= 3 * (cycle + 1)
+    assert kills > cycle + 1, "hardly ever killed: it had ended before"
 
 
 def look(folder, old_graph, until, told):

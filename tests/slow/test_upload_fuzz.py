@@ -34,7 +34,10 @@ ANSWERS = {200, 201, 400, 408, 409, 413, 415, 422}
 MOST_MB = 800
 """It has 260 after thousands of these; a picture of 64 megapixels, the largest that is decoded, is 192 for each core."""
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
-ROUTES = ("POST /v1/embed", "POST /v1/classify", "POST /v1/search/image", "POST /v1/items", "PUT /v1/items/1/image")
+ROUTES = (
+    *("POST /v1/embed", "POST /v1/classify", "POST /v1/search/image", "POST /v1/reid/identify/image"),
+    *("POST /v1/items", "PUT /v1/items/1/image"),
+)
 TYPES = (
     *("image/png", "image/jpeg", "application/octet-stream", 'IMAGE/x; q="', "image/", "text/html", "application/json", ""),
     *("multipart/form-data", "multipart/form-data; boundary=", "multipart/mixed; boundary=x", "\xff", "a" * 5000),
@@ -176,7 +179,7 @@ def slow(rng):
 
 def request(route, body, kind, length=None):
     said = f"Content-Length: {len(body)}\r\n" if length is None else length
-    head = f"{route} HTTP/1.1\r\nHost: fuzz\r\nConnection: close\r\nContent-Type: {kind}\r\n{said}\r\n"
+    head = f"{route} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: {kind}\r\n{said}\r\n"
     return head.encode("latin-1") + body
 
 

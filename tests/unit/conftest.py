@@ -78,6 +78,13 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
+def gallery(tmp_path: Path, toy_encoder: ToyEncoder) -> Iterator[Gallery]:
+    """An empty one in a folder, open."""
+    with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
+        yield gallery
+
+
+@pytest.fixture
 def pictures(tmp_path: Path) -> Callable[[int], list[Sample]]:
     """Draws n different pictures and returns their samples."""
 

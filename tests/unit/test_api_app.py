@@ -47,3 +47,12 @@ def test_the_page_is_neither_counted_nor_limited_and_recall_is_measured(served):
     while "simclr_recall_at_10 1.0" not in served.get("/metrics").text:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/v1/items", "/health/live"])
+def test_a_name_that_is_not_this_machines_is_turned_away(served, path):
+    """Who lets the name of a site lead here (DNS rebinding) must not have its page read or change the gallery."""
+    port = served.base_url.port
+    assert served.get(path, headers={"Host": f"evil.example:{port}"}).status_code == 400
+    for name in ("localhost", "127.0.0.1"):
+        assert served.get(path, headers={"Host": f"{name}:{port}"}).status_code == 200

@@ -26,6 +26,8 @@ CALLS = {
         ("POST", "/v1/classify", {"content": good(), "headers": PNG}),
         ("POST", "/v1/search", {"json": {"id": 1}}),
         ("POST", "/v1/search/image", {"content": good(), "headers": PNG}),
+        ("POST", "/v1/reid/identify", {"json": {"id": 1}}),
+        ("POST", "/v1/reid/identify/image", {"content": good(), "headers": PNG}),
         ("GET", "/v1/info", {}),
         ("GET", "/v1/items", {}),
         ("GET", "/v1/items/1", {}),
@@ -156,6 +158,35 @@ def test_pages_of_other_sites_are_kept_out_where_there_are_no_keys(encoder, orig
     )
     assert "comes from a page of" in problem(answer, 403)
     assert (ours.status_code, none.status_code) == (200, 200)
+
+
+def asked_by(host):
+    """A page that the browser takes for one of this site, at an address of this machine."""
+    headers = {"host": host, "origin": f"http://{host}"}
+    return lambda http: http.get("http://127.0.0.1/v1/info", headers=headers)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:7861", "localhost.evil.example", "127.0.0.1.evil.example", "evil:[::1]", "1:x", ""],
+)
+def test_names_that_lead_here_are_not_ours_where_there_are_no_keys(encoder, host):
+    """Of DNS rebinding: the browser sees one site, and lets its page read the answers."""
+    assert "localhost or an address" in problem(ask(create_api(encoder), asked_by(host)), 403)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:7861", "127.0.0.1", "10.0.0.5:80", "[::1]", "[FE80::1]:7861"])
+def test_addresses_and_localhost_are_ours(encoder, host):
+    assert ask(create_api(encoder), asked_by(host)).status_code == 200
+
+
+def test_names_are_let_in_with_a_key_or_from_afar(guarded, encoder):
+    api, keys = guarded
+    headers = {"host": "our.example", "authorization": f"Bearer {keys['read']}"}
+    keyed = ask(api, lambda http: http.get("http://127.0.0.1/v1/info", headers=headers))
+    afar = ask(create_api(encoder), lambda http: http.get("http://10.0.0.5/v1/info", headers={"host": "our.example"}))
+    health = ask(create_api(encoder), lambda http: http.get("http://127.0.0.1/health/live", headers={"host": "our.example"}))
+    assert [answer.status_code for answer in (keyed, afar, health)] == [200] * 3
 
 
 def test_with_a_key_it_does_not_matter_where_the_page_is_from(guarded):

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import sqlite3
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -50,6 +51,10 @@ def patch(item_id, **body):
 
 def get(path, **params):
     return lambda http: http.get(path, params=params)
+
+
+def search(**body):
+    return lambda http: http.post("/v1/search", json=body)
 
 
 def reopened(gallery):
@@ -232,6 +237,33 @@ def test_a_gallery_that_cannot_be_read_is_a_503_and_not_a_404(api, gallery):
     for answer in ask(api, get("/v1/items/3"), get("/v1/items"), post(9), lambda http: http.post("/v1/search", json={"id": 3})):
         assert "has been closed" in problem(answer, 503)
     assert "simclr_gallery_items NaN" in ask(api, get("/metrics")).text
+
+
+def test_a_damaged_item_is_a_500_and_not_a_404(api, gallery):
+    with closing(sqlite3.connect(gallery.folder / "catalog.sqlite", isolation_level=None)) as disk:
+        disk.execute("UPDATE items SET extra = '{' WHERE id = 2")
+        disk.execute("UPDATE vectors SET vector = x'00' WHERE id = 3")
+        disk.execute("DELETE FROM vectors WHERE id = 4")
+    item, relabelled, whole, *vectors = ask(
+        api,
+        get("/v1/items/2"),
+        patch(2, label="x"),
+        get("/v1/items/3"),
+        *[get(f"/v1/items/{item_id}/vector") for item_id in (3, 4)],
+        *[search(id=item_id) for item_id in (3, 4)],
+    )
+    for answer in (item, relabelled):
+        assert "item 2: changed on the disk" in problem(answer, 500)
+    assert whole.json()["source"] == "2.png"
+    for answer in vectors:
+        assert "its vector is damaged or missing; update or remove it" in problem(answer, 500)
+    repaired, removed, gone = ask(
+        api,
+        lambda http: http.put("/v1/items/3/image", content=good(), headers=PNG),
+        lambda http: http.delete("/v1/items/2"),
+        get("/v1/items/2"),
+    )
+    assert (repaired.status_code, removed.status_code, gone.status_code) == (200, 204, 404)
 
 
 def test_what_another_process_adds_is_seen(api, gallery, encoder):

@@ -13,6 +13,7 @@ from serve.gallery import Gallery
 from serve.gateway.guard import needed_scope
 from serve.gateway.items import ItemsPage, ItemVector
 from serve.gateway.keys import Keyring, add_key
+from serve.gateway.reid import IdentifyAnswer, IdentifyQuery
 from serve.gateway.search import SearchAnswer, SearchQuery
 from serve.item import Item
 from tests.asgi_client import ask
@@ -24,6 +25,8 @@ OPERATIONS = {
     "info": ("GET", "/v1/info", "read"),
     "search": ("POST", "/v1/search", "read"),
     "search_image": ("POST", "/v1/search/image", "read"),
+    "identify": ("POST", "/v1/reid/identify", "read"),
+    "identify_image": ("POST", "/v1/reid/identify/image", "read"),
     "list_items": ("GET", "/v1/items", "read"),
     "add_item": ("POST", "/v1/items", "write"),
     "get_item": ("GET", "/v1/items/{item_id}", "read"),
@@ -94,7 +97,7 @@ def test_problems_are_documented(documents):
 
 def test_examples_are_what_is_answered(documents):
     schemas = documents[0]["components"]["schemas"]
-    for model in (SearchAnswer, ItemsPage, ItemVector):
+    for model in (SearchAnswer, IdentifyAnswer, ItemsPage, ItemVector):
         (example,) = schemas[model.__name__]["examples"]
         assert TypeAdapter(model).dump_python(model.model_validate(example), mode="json") == example
     for _, path, operation in operations(documents[0]):
@@ -102,7 +105,8 @@ def test_examples_are_what_is_answered(documents):
             example = response.get("content", {}).get("application/json", {}).get("example")
             if example is not None:
                 assert vars(TypeAdapter(Item).validate_python(example)) == example, path
-    body = documents[0]["paths"]["/v1/search"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    for example in body["examples"]:
-        SearchQuery.model_validate_json(json.dumps(example))
-    assert [one["required"] for one in body["oneOf"]] == [["id"], ["vector"], ["url"]]
+    for path, model in (("/v1/search", SearchQuery), ("/v1/reid/identify", IdentifyQuery)):
+        body = documents[0]["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for example in body["examples"]:
+            model.model_validate_json(json.dumps(example))
+        assert [one["required"] for one in body["oneOf"]] == [[name] for name in model.ways]

@@ -12,14 +12,15 @@ import serve.catalog
 import serve.catalog_file
 import serve.catalog_schema
 from serve.catalog import Catalog, Change
-from serve.catalog_schema import COLUMNS, Facts, page_bytes
-from serve.errors import GalleryError
+from serve.catalog_schema import COLUMNS, page_bytes
+from serve.errors import DamagedItem, GalleryError
 from serve.filters import EVERYTHING, parse_where
 from serve.item import Item, natural_key
 from serve.samples import Sample
+from tests.gallery_items import toy_facts
 
 DIM = 4
-FACTS = Facts(encoder_id="e" * 16, encoder_name="toy", embedding_dim=DIM, manifest="{}")
+FACTS = toy_facts(DIM)
 
 
 @pytest.fixture
@@ -198,6 +199,7 @@ import numpy as np
 from serve.catalog import Catalog
 from serve.errors import GalleryError
 from serve.samples import Sample
+from tests.gallery_items import toy_facts
 
 catalog = Catalog(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
@@ -228,6 +230,8 @@ def test_vectors_of_the_wrong_size_are_reported_and_left_out(catalog):
     tamper(catalog._path, "UPDATE vectors SET vector = x'00' WHERE id = ?", ids[0])
     assert catalog.problems() == ["vector of item 1: changed on the disk (checksum)", "item 1: vector of 1 bytes, wanted 16"]
     assert [found.tolist() for found, _ in catalog.vectors(0, 9)] == [ids[1:]]
+    with pytest.raises(DamagedItem, match="item 1: its vector is damaged"):
+        catalog.vector(1)
 
 
 SCHEMA_1 = """
@@ -472,7 +476,8 @@ def test_readers_see_one_state_and_wait_for_nobody(tmp_path, catalog):
     seen += feed
     assert [i for block, _ in seen for i in block] == ids
     np.testing.assert_array_equal(np.concatenate([block for _, block in seen]), vectors)
-    assert catalog.vector(1) is None
+    with pytest.raises(DamagedItem, match="item 1: its vector is damaged or missing"):
+        catalog.vector(1)
 
 
 def test_another_process_that_writes_for_too_long(tmp_path, catalog, monkeypatch):

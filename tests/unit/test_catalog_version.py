@@ -5,18 +5,18 @@ import time
 
 import pytest
 
-from serve.catalog import Catalog, Facts
+from serve.catalog import Catalog
 from serve.errors import GalleryError
 from serve.index import unit_vectors
 from serve.samples import Sample
+from tests.gallery_items import toy_facts
 
-FACTS = Facts(encoder_id="e" * 16, encoder_name="toy", embedding_dim=2, manifest="{}")
 VECTOR = unit_vectors([[3, 4]], 2)
 
 
 @pytest.fixture
 def catalog(tmp_path):
-    catalog = Catalog(tmp_path / "catalog.sqlite", FACTS)
+    catalog = Catalog(tmp_path / "catalog.sqlite", toy_facts(2))
     yield catalog
     catalog.close()
 

@@ -11,6 +11,7 @@ from PIL import Image
 from serve.contract import Preprocess
 from serve.errors import SourceError
 from serve.sources import open_source, read_batches, read_bytes
+from tests.drawn_sources import refusal
 
 CLASSES = ["airplane", "automobile", "bird"]
 FRAME = Preprocess(height_px=32, width_px=32, resize="stretch", crop=1.0, resample="bicubic", jpeg="full")
@@ -54,13 +55,6 @@ def tarred(folder, path):
     with tarfile.open(path, "w") as archive:
         archive.add(folder, folder.name)
     return path
-
-
-def refusal(source):
-    with pytest.raises(SourceError) as caught:
-        open_source(source)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(("build", "name"), [(cifar10, "cifar-10-batches-bin"), (cifar100, "cifar-100-binary")])

@@ -26,11 +26,13 @@ from serve.gateway.keys import Keyring, add_key
 from serve.gateway.limits import Limits
 from serve.http_client.calls import Calls
 from serve.http_client.uploads import groups
+from serve.identity.identify import identify
 from serve.preprocess import ImageError
 from serve.samples import Sample
 from tests.bad_images import encoded, good
 from tests.gated_encoder import GatedEncoder
 from tests.toy_encoder import DIM, toy_head, write_toy_encoder
+from tests.unit.test_calibration import calibration
 
 ROOT = Path(__file__).parents[2]
 LIMITS = Limits(max_pictures=3, max_bytes=60_000)
@@ -99,18 +101,26 @@ def pictures_host():
 @pytest.fixture(scope="module")
 def gallery(encoder, tmp_path_factory):
     """Twelve pictures; who adds one takes it out again."""
-    samples = [Sample(f"{number}.png", label=("cat", "dog")[number % 2], time=float(number)) for number in range(12)]
+    samples = [
+        Sample(f"{number}.png", label=("cat", "dog")[number % 2], identity=f"p{number % 3}", time=float(number))
+        for number in range(12)
+    ]
     with Gallery.open(tmp_path_factory.mktemp("gallery"), encoder, create=True) as found:
         found.add(samples, encoder.embed([good(number) for number in range(12)]))
         yield found
 
 
 @pytest.fixture(scope="module")
-def api(encoder, gallery, pictures_host):
+def chosen(encoder):
+    return calibration(encoder_id=encoder.encoder_id, threshold=0.9999, identities=1)
+
+
+@pytest.fixture(scope="module")
+def api(encoder, gallery, pictures_host, chosen):
     """The address of the API with all that it can have, and small limits."""
     hosts = [pictures_host.removeprefix("http://")]
-    heads = {"toy": toy_head(encoder.encoder_id)}
-    with served(create_api(encoder, heads=heads, gallery=gallery, url_hosts=hosts, limits=LIMITS)) as url:
+    options = {"heads": {"toy": toy_head(encoder.encoder_id)}, "url_hosts": hosts, "limits": LIMITS, "calibration": chosen}
+    with served(create_api(encoder, gallery=gallery, **options)) as url:
         yield url
 
 
@@ -173,6 +183,25 @@ def test_search(client, gallery, pictures_host, tmp_path):
         assert [hit.id for hit in near] == [hit.id for hit in wanted[:3]]
 
 
+def test_identify(client, gallery, encoder, chosen, pictures_host, tmp_path):
+    (tmp_path / "a.png").write_bytes(good(5))
+    vector = gallery.vector(6)
+    same_decision(client.identify(6, 2), identify(gallery, vector[None], chosen, exclude_ids=[6], k=2))
+    for probe in (vector, vector[None], good(5), [good(5)], tmp_path / "a.png", f"{pictures_host}/5.png"):
+        same_decision(client.identify(probe), identify(gallery, vector[None], chosen))
+    vectors = encoder.embed([good(5), good(8), good(30)])
+    for probe in ([tmp_path / "a.png", good(8), good(30)], vectors):
+        found = client.identify(probe, where="label = cat")
+        same_decision(found, identify(gallery, vectors, chosen, where="label = cat"))
+        assert "1 identities, now there are 3" in found.warning
+
+
+def same_decision(found, wanted):
+    assert (found.verdict, found.identity, found.threshold) == (wanted.verdict, wanted.identity, wanted.threshold)
+    assert [hit.id for hit in found.candidates] == [hit.id for hit in wanted.candidates]
+    assert (found.score, found.probability) == pytest.approx((wanted.score, wanted.probability), abs=1e-5)
+
+
 def test_items(client, gallery, encoder):
     page = client.items("label = dog", limit=2, offset=1)
     assert (page.items, page.total) == (gallery.items("label = dog", 2, 1), 6)
@@ -214,6 +243,12 @@ def test_the_example_of_the_documentation_runs(api, tmp_path):
         (GalleryError, "no item 99", lambda client: client.item(99)),
         (GalleryError, "no item 99", lambda client: client.remove(99)),
         (GalleryError, "no item 99", lambda client: client.search(99)),
+        (GalleryError, "no item 99", lambda client: client.identify(99)),
+        (GalleryError, "k: ", lambda client: client.identify(1, 0)),
+        (GalleryError, "no direction", lambda client: client.identify(np.stack([np.ones(DIM), -np.ones(DIM)]))),
+        (GalleryError, "Too many files", lambda client: client.identify([good()] * 4)),
+        (ImageError, "not a readable picture", lambda client: client.identify([good(), b"junk"])),
+        (ImageError, "none.png", lambda client: client.identify(["none.png"])),
         (GalleryError, "colour", lambda client: client.items("colour = red")),
         (GalleryError, "k: ", lambda client: client.search(1, 0)),
         (GalleryError, "k: ", lambda client: client.search(good(), 0)),
@@ -331,6 +366,7 @@ def test_what_must_not_be_done_twice_is_not():
         Calls("http://a", 10).replace(1, b"x"),
         Calls("http://a", 10).relabel(1, label=None),
         Calls("http://a", 10).search(1),
+        Calls("http://a", 10).identify([b"x"]),
     ):
         assert len(talk(steps, busy(503, "1"))) == 2
 

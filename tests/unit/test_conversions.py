@@ -28,9 +28,7 @@ NETWORKS: dict[str, tuple[Any, float, str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cpu(one_cpu: None) -> None:
-    return
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 def in_precision(manifest: Manifest, precision: str) -> Manifest:

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import load_file
 
 from serve.classify import Head
-from serve.contract import Manifest, Preprocess, TensorSpec
 from serve.errors import EncoderMismatch, TrainingError
 from serve.pictures import Picture, prepare_batch
 from serve.sources import open_source
+from tests.flat_colours import COLOURS, SIZE, MeanColour, draw_classes
 from train import distill as module
 from train.checkpoint import load_checkpoint, load_encoder
 from train.distill import Student, distill, distillation_loss, report_line
@@ -27,35 +26,7 @@ from train.encoder import Encoder
 from train.linear import Recipe
 from train.torch_encoder import open_run
 
-SIZE = 16
-COLOURS = {"blue": (20, 30, 220), "green": (30, 210, 40), "red": (220, 20, 30)}
-
-
 pytestmark = pytest.mark.usefixtures("one_cpu")
-
-
-class MeanColour:
-    """A teacher that is no network of ours, as an ONNX file or Triton is not: the colour of a picture as a unit vector."""
-
-    manifest = Manifest.create(
-        name="teacher",
-        embedding_dim=3,
-        input=TensorSpec(name="image", shape=(SIZE, SIZE, 3), dtype="uint8"),
-        output=TensorSpec(name="embedding", shape=(3,), dtype="float32"),
-        preprocess=Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full"),
-        metric="cosine",
-        precision="fp32",
-        weights_sha256="0" * 64,
-        parity=None,
-        retrieval=None,
-        training={},
-    )
-    encoder_id = manifest.encoder_id
-
-    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
-        pixels = prepare_batch(images, self.manifest.preprocess).reshape(-1, SIZE**2, 3).astype(np.float32)
-        vectors = pixels.mean(1) - 100.3
-        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
 TEACHER = MeanColour()
@@ -69,14 +40,8 @@ HEAD = Head(
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Flat pictures, each a little off the colour of its class; the classes are in the folders' names, for scoring."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(8):
-            shade = np.clip(np.array(colour) + rng.integers(-15, 16, 3), 0, 255).astype(np.uint8)
-            Image.fromarray(np.tile(shade, (SIZE, SIZE, 1))).save(folder / name / f"{number}.png")
-    return folder
+    """The classes are in the folders' names, for scoring."""
+    return draw_classes(tmp_path_factory.mktemp("images"), 8)
 
 
 def taught(images: Path, run: Path, **options: Any) -> dict[str, Any]:

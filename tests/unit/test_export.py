@@ -2,7 +2,7 @@
 
 import io
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,7 @@ from train.torch_encoder import TorchEncoder, open_run
 TRAINING = {"arch": "resnet18", "width": 0.125, "stem": "small"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _on_the_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 def write_run(folder: Path, preprocess: Preprocess, seed: int = 0) -> Path:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serve.contract import Manifest
-from serve.errors import EncoderMismatch, GalleryError
+from serve.errors import EncoderMismatch, GalleryError, NoSuchItem
 from serve.gallery import Gallery
 from serve.preprocess import ImageError
 from serve.samples import Sample
@@ -171,8 +171,9 @@ def test_remove(gallery):
     assert len(gallery) == 8
     assert not {ids[4], ids[5]} & {hit.id for hit in gallery.search(query, 20)}
     for ask in (gallery.item, gallery.vector):
-        with pytest.raises(GalleryError, match="no item with id 5"):
-            ask(ids[4])
+        for gone in (ids[4], 50**30):
+            with pytest.raises(NoSuchItem, match=f"no item with id {gone}"):
+                ask(gone)
     assert gallery.add(samples_of(10), vectors_of(10)).ids == (11, 12)
     assert sound(gallery)
 
@@ -371,6 +372,8 @@ def test_ids_are_not_used_again_by_the_next_session_either(gallery, toy_encoder)
             again.add([Sample("new")], vectors_of(1), ids={"new": 5})
         with pytest.raises(GalleryError, match="id 3 has been used"):
             again.add([Sample("new")], vectors_of(1), ids={"new": 3})
+        with pytest.raises(GalleryError, match="got ids from 0 on, or one twice; wanted unused ones from 1 on"):
+            again.add([Sample("new")], vectors_of(1), ids={"new": 0})
         assert again.add([Sample("new")], vectors_of(1), ids={"new": 20}).ids == (20,)
         assert again.add([Sample("newer")], vectors_of(1)).ids == (21,)
 

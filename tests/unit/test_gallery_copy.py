@@ -2,9 +2,11 @@
 
 import itertools
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import cli
 import serve.catalog
@@ -115,6 +117,16 @@ def test_a_gallery_of_another_encoder_is_refused_and_stays(filled, places, copy,
     with pytest.raises(EncoderMismatch, match=toy_encoder.encoder_id):
         copy_gallery(source, target)
     assert contents(target) == ([], {}, None)
+
+
+def test_the_figures_do_not_hang_on_the_progress_bar(tmp_path, toy_encoder, monkeypatch):
+    """TQDM_DISABLE=1 is read when tqdm is imported; then the bar counts nothing."""
+    monkeypatch.setattr(serve.transfer.copying, "tqdm", partial(tqdm, disable=True))
+    source, target = str(tmp_path / "source"), str(tmp_path / "target")
+    with Gallery.open(source, toy_encoder, create=True) as gallery:
+        gallery.add(samples_of(5), vectors_of(5))
+    assert copy_gallery(source, target) == CopyReport(copied=5, kept_ids=5, already_present=0, count=5)
+    assert copy_gallery(source, target) == CopyReport(copied=0, kept_ids=0, already_present=5, count=5)
 
 
 @pytest.mark.milvus

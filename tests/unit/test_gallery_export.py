@@ -13,6 +13,7 @@ from serve.gallery import Gallery
 from serve.samples import Sample
 from serve.transfer.exporting import ENCODER_ID_KEY, export_gallery
 from serve.transfer.importing import import_vectors
+from tests.gallery_items import vectors_of
 
 EXTRA = {
     "s1": {"blur": 0.25, "note": 'quote " and é', "box": [1, 2, 3], "seen": True},
@@ -28,16 +29,11 @@ SAMPLES = [
 ]
 
 
-def vectors_of(count, seed=0, dim=16):
-    return np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
-
-
 @pytest.fixture
-def gallery(tmp_path, toy_encoder):
-    with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
-        gallery.add(SAMPLES, vectors_of(len(SAMPLES)), extra=EXTRA, batch_size=1000)
-        gallery.remove([5, 3004])
-        yield gallery
+def gallery(gallery):
+    gallery.add(SAMPLES, vectors_of(len(SAMPLES)), extra=EXTRA, batch_size=1000)
+    gallery.remove([5, 3004])
+    return gallery
 
 
 def content(gallery):

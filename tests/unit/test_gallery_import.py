@@ -20,12 +20,9 @@ from serve.transfer import faiss_file
 from serve.transfer.declared import Declared, foreign_manifest
 from serve.transfer.importing import import_vectors
 from serve.transfer.item_list import ItemList
+from tests.gallery_items import vectors_of
 
 DIM = 16
-
-
-def vectors_of(count, seed=0, dim=DIM):
-    return np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32) * 3
 
 
 def unit(rows):
@@ -347,8 +344,10 @@ def test_faiss_with_a_list_by_id_or_by_row(uri, tmp_path):
     import_vectors(uri, tmp_path / "old.index", items=by_row, name="mine")
     np.testing.assert_allclose(stored(uri)[f"q{ids[3]}"][1], unit(rows)[3], atol=1e-6)
     short = written_csv(tmp_path / "short.csv", [{"source": f"r{i}", "id": i} for i in range(10)])
-    with pytest.raises(SourceError, match="says nothing of id"):
-        import_vectors(uri, tmp_path / "old.index", items=short, name="mine")
+    (none := tmp_path / "none.csv").write_text("source,id\n")
+    for items in (short, none):
+        with pytest.raises(SourceError, match="says nothing of id"):
+            import_vectors(uri, tmp_path / "old.index", items=items, name="mine")
 
 
 CODES = ["PQ4x4", "SQ8", "SQfp16", "IVF4,PQ4x4", "IVF4,SQ8", "LSH", "IDMap,SQ8", "HNSW8,SQ8", "PCA8,Flat"]

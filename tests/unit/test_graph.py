@@ -26,9 +26,7 @@ SIZE, DIM = 4, 3
 BIAS = np.array([0.2, 0.5, 0.9], np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cpu(one_cpu: None) -> None:
-    return
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 def frame(size: int) -> Preprocess:

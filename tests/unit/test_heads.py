@@ -11,8 +11,8 @@ from scipy.special import softmax
 from serve.classify import Head
 from serve.errors import TrainingError
 from serve.gallery import Gallery
-from serve.heads.fit import DECAY_UNSEEN, DECAYS, FOLDS, MANY, class_weights, fit_head, sweep, validation_folds
-from serve.heads.labelled import labelled_items
+from serve.heads.fit import DECAY_UNSEEN, DECAYS, FOLDS, MANY, Examples, class_weights, fit_head, sweep, validation_folds
+from serve.heads.labelled import kin_of, labelled_items
 from serve.heads.logistic import logistic_regression, logits, loss_and_gradient
 from serve.heads.plot import save_confusion
 from serve.heads.scores import confusion_matrix, figures_of, report_lines
@@ -97,7 +97,7 @@ def test_separable_classes_are_separated():
 
 def test_each_picture_is_held_back_once_and_its_class_stays_behind():
     y = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [1, 2, 3, 7, 40]))
-    folds = validation_folds(y)
+    folds = validation_folds(y, np.arange(len(y)))
     np.testing.assert_array_equal(np.sum(folds, axis=0), y != 0)
     for held in folds:
         assert set(y[~held]) == set(range(5))
@@ -106,18 +106,58 @@ def test_each_picture_is_held_back_once_and_its_class_stays_behind():
 
 def test_of_many_pictures_a_fifth_is_held_back():
     y = np.arange(MANY + 5) % 2
-    (held,) = validation_folds(y)
+    (held,) = validation_folds(y, np.arange(len(y)))
     assert held.mean() == pytest.approx(1 / FOLDS, abs=1e-3)
+
+
+def test_kin_are_held_back_together():
+    """Also kin of two classes, and unless a class has no others."""
+    rng = np.random.default_rng(0)
+    kin = rng.permutation(np.repeat(np.arange(12), 10))
+    y = kin % 3
+    y[kin == 4] = rng.integers(0, 3, 10)
+    y[kin == 11] = 3  # a class of one kin
+    folds = validation_folds(y, kin)
+    np.testing.assert_array_equal(np.sum(folds, axis=0), np.ones(120))
+    for held in folds:
+        assert set(kin[held]) & set(kin[~held]) == {11}
+        assert set(y[~held]) == set(range(4))
+
+
+def test_pictures_of_one_animal_do_not_vouch_for_each_other():
+    """Each animal has a look of its own that tells nothing about its class: only other animals show how good the head is."""
+    rng = np.random.default_rng(0)
+    animal = np.repeat(np.arange(40), 8)
+    vectors = rng.normal(size=(40, 64))[animal] + 0.1 * rng.normal(size=(320, 64))
+    unit = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    groups = [f"class {number % 2}" for number in animal]
+    alone, together = (fit_head(Examples(unit, groups, kin), "x").report for kin in (None, animal.tolist()))
+    assert alone["held_back_accuracy"] == 1
+    assert together["held_back_accuracy"] < 0.7
+    assert together["weight_decay"] > alone["weight_decay"]
+
+
+def test_pictures_of_one_identity_or_else_of_one_track_are_kin():
+    samples = [
+        Sample("a", identity="lion", track="1"),
+        Sample("b", identity="lion"),
+        Sample("c", camera="1", track="7"),
+        Sample("d", camera="1", track="7"),
+        Sample("e", camera="2", track="7"),
+        Sample("f"),
+    ]
+    kin = kin_of(samples)
+    assert [kin.index(key) for key in kin] == [0, 0, 2, 2, 4, 5]
 
 
 def test_the_decay_is_that_of_the_least_loss_on_pictures_held_back():
     vectors, groups = blobs([12, 12, 12], noise=2.0)
     y = np.unique(groups, return_inverse=True)[1]
-    decay, held = sweep(vectors, y, np.ones(36), np.zeros((3, 17)))
+    decay, held = sweep(vectors, y, np.ones(36), np.zeros((3, 17)), validation_folds(y, np.arange(36)))
     losses = {}
     for candidate in DECAYS:
         losses[candidate] = 0.0
-        for fold in validation_folds(y):
+        for fold in validation_folds(y, np.arange(len(y))):
             theta = logistic_regression(vectors[~fold], y[~fold], np.ones(int((~fold).sum())), candidate, np.zeros((3, 17)))
             for scores, number in zip(logits(theta, vectors[fold]), y[fold], strict=True):
                 losses[candidate] -= math.log(softmax(scores)[number])
@@ -133,7 +173,7 @@ def test_balanced_weights_give_every_class_the_same_and_one_on_average():
 
 def test_balanced_heads_find_more_of_a_rare_class():
     vectors, groups = blobs([300, 15], noise=2.5)
-    plain, balanced = (fit_head(vectors, groups, "x", balanced=flag).report for flag in (False, True))
+    plain, balanced = (fit_head(Examples(vectors, groups), "x", balanced=flag).report for flag in (False, True))
     rare = "class 1"
     assert balanced["per_class"][rare]["recall"] > plain["per_class"][rare]["recall"] + 0.1
     assert balanced["mean_recall"] > plain["mean_recall"]
@@ -144,7 +184,7 @@ def test_balanced_heads_find_more_of_a_rare_class():
 
 def test_a_head_names_fresh_pictures_as_the_nearest_centre_does():
     vectors, groups = blobs([60, 60, 60], noise=1.0)
-    head = fit_head(vectors[:120], groups[:120], "abc")
+    head = fit_head(Examples(vectors[:120], groups[:120]), "abc")
     assert (head.classes, head.encoder_id) == (("class 0", "class 1", "class 2"), "abc")
     named = np.array(head.classes)[head.probabilities(vectors[120:]).argmax(1)]
     centres = np.array([vectors[:120][np.array(groups[:120]) == name].mean(0) for name in head.classes])
@@ -155,7 +195,7 @@ def test_a_head_names_fresh_pictures_as_the_nearest_centre_does():
 
 def test_the_temperature_is_in_the_weights():
     vectors, groups = blobs([30, 30], noise=2.0)
-    head = fit_head(vectors, groups, "x")
+    head = fit_head(Examples(vectors, groups), "x")
     y = np.unique(groups, return_inverse=True)[1]
     theta = logistic_regression(vectors, y, np.ones(60), head.report["weight_decay"], np.zeros((2, 17)))
     assert head.report["temperature"] != pytest.approx(1, abs=0.01)
@@ -166,37 +206,37 @@ def test_the_temperature_is_in_the_weights():
 def test_five_pictures_of_each_class_are_enough():
     vectors, groups = blobs([105] * 10, dim=128, noise=1.0)
     few = [place for place in range(len(groups)) if groups[:place].count(groups[place]) < 5]
-    head = fit_head(vectors[few], [groups[place] for place in few], "x")
+    head = fit_head(Examples(vectors[few], [groups[place] for place in few]), "x")
     named = np.array(head.classes)[head.probabilities(vectors).argmax(1)]
     assert (named == np.array(groups)).mean() > 0.9
     assert head.report["held_back_pictures"] == 50, "each of the few is held back in its turn"
 
 
 def test_one_picture_of_each_class_measures_nothing():
-    head = fit_head(np.eye(3, dtype=np.float32), ["a", "b", "c"], "x")
+    head = fit_head(Examples(np.eye(3, dtype=np.float32), ["a", "b", "c"]), "x")
     assert (head.report["weight_decay"], head.report["temperature"]) == (DECAY_UNSEEN, 1)
     assert head.report["held_back_accuracy"] is head.report["ece"] is head.report["decided"] is None
     assert [head.decide(row) for row in head.probabilities(np.eye(3, dtype=np.float32))] == ["a", "b", "c"]
     assert "nothing was measured" in " ".join(report_lines(head.report))
     with pytest.raises(TrainingError, match="none could be held back"):
-        fit_head(np.eye(3, dtype=np.float32), ["a", "b", "c"], "x", wanted_accuracy=0.9)
+        fit_head(Examples(np.eye(3, dtype=np.float32), ["a", "b", "c"]), "x", wanted_accuracy=0.9)
 
 
 @pytest.mark.parametrize("count", [3, 4, 5])
 def test_a_head_on_very_few_pictures_still_has_a_score(count):
-    head = fit_head(unit_vectors(count, 4), ["a", "b", "a", "b", "a"][:count], "abc")
+    head = fit_head(Examples(unit_vectors(count, 4), ["a", "b", "a", "b", "a"][:count]), "abc")
     assert 0 <= head.report["held_back_accuracy"] <= 1
 
 
 @pytest.mark.parametrize("groups", [["only"] * 6, []])
 def test_a_head_for_one_class_is_refused(groups):
     with pytest.raises(TrainingError, match=r"a head needs at least two classes, got .*; put each class in a sub-folder"):
-        fit_head(unit_vectors(len(groups), 4), groups, "abc")
+        fit_head(Examples(unit_vectors(len(groups), 4), groups), "abc")
 
 
 def test_a_threshold_for_an_accuracy_is_kept_by_the_head_and_its_file(tmp_path):
     vectors, groups = blobs([100, 100, 100], noise=2.0)
-    plain, head = (fit_head(vectors, groups, "x", wanted_accuracy=wanted) for wanted in (None, 0.95))
+    plain, head = (fit_head(Examples(vectors, groups), "x", wanted_accuracy=wanted) for wanted in (None, 0.95))
     assert plain.report["held_back_accuracy"] < 0.95
     assert plain.report["decided"] == 1
     assert head.report["decided_accuracy"] >= 0.95
@@ -272,11 +312,11 @@ def test_a_gallery_teaches_a_head_without_its_pictures(tmp_path, toy_encoder):
     with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
         gallery.add([*samples, Sample("gone/unlabelled.png")], np.concatenate([vectors, vectors[:1]]))
     with Gallery.open(tmp_path / "gallery") as gallery:
-        found, labels = labelled_items(gallery)
+        found = labelled_items(gallery)
         half = labelled_items(gallery, "camera = 1")
         with pytest.raises(TrainingError, match=r"no item among .*camera = 9.* has a label; .*simclr gallery relabel"):
             labelled_items(gallery, "camera = 9")
-    np.testing.assert_allclose(found, vectors, atol=1e-6)
-    assert labels == groups
-    assert half[1] == groups[1::2]
-    assert fit_head(found, labels, "x").report["held_back_accuracy"] > 0.9
+    np.testing.assert_allclose(found.vectors, vectors, atol=1e-6)
+    assert found.groups == groups
+    assert half.groups == groups[1::2]
+    assert fit_head(found, "x").report["held_back_accuracy"] > 0.9

@@ -131,7 +131,7 @@ def test_who_asks_before_sending_does_not_send(gateway):
     thread, _ = gateway.occupy()
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=20) as wire:
         wire.sendall(
-            b"POST /v1/embed HTTP/1.1\r\nHost: gateway\r\nContent-Type: image/png\r\n"
+            b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
             b"Content-Length: 5000000\r\nExpect: 100-continue\r\n\r\n"
         )
         assert wire.recv(100).startswith(b"HTTP/1.1 429 ")

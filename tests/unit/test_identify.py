@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from serve.errors import EncoderMismatch, GalleryError
 from serve.gallery import Gallery
-from serve.identity.identify import identify, outgrown, rank_identities, summary
+from serve.identity.decision import summary
+from serve.identity.identify import identify, outgrown, rank_identities
 from serve.samples import Sample
 from tests.unit.test_calibration import calibration
 
@@ -55,6 +56,14 @@ def test_many_pictures_of_one_do_not_hide_the_others(gallery):
     gallery.add([Sample(f"a{i}", identity="a") for i in range(200)], vectors.astype(np.float32))
     gallery.add([Sample("b", identity="b")], some(1))
     assert [hit.identity for hit in rank_identities(gallery, np.eye(DIM)[0], 2)] == ["a", "b"]
+
+
+def test_more_identities_than_there_are_do_not_read_the_whole_gallery(gallery, monkeypatch):
+    gallery.add([Sample(f"{i}", identity="ab"[i % 2]) for i in range(500)], some(500))
+    looked_at, search = [], gallery.search
+    monkeypatch.setattr(gallery, "search", lambda *asked: looked_at.append(len(found := search(*asked))) or found)
+    assert len(rank_identities(gallery, some(1)[0], 5)) == 2
+    assert sum(looked_at) < 100
 
 
 def test_pictures_of_a_probe_are_pooled_by_direction(gallery):

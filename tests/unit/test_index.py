@@ -11,13 +11,14 @@ import pytest
 import serve.ann.build
 import serve.ann.state
 from serve.ann.base import folders
-from serve.catalog import Catalog, Facts
+from serve.catalog import Catalog
 from serve.errors import GalleryError
 from serve.index import Index, unit_vectors
 from serve.samples import Sample
+from tests.gallery_items import toy_facts
 
 DIM = 8
-FACTS = Facts(encoder_id="e" * 16, encoder_name="toy", embedding_dim=DIM, manifest="{}")
+FACTS = toy_facts(DIM)
 
 
 def random_units(count, seed=0):

@@ -13,17 +13,11 @@ from serve.ann.method import Method, cells_for, keys_for, trained
 from serve.ann.report import draw, table
 from serve.ann.tuning import build_best, check
 from serve.errors import GalleryError
+from tests.gallery_items import clustered
 
 DIM = 16
 WORK = Work(threads=1, proceed=lambda: None)
 LIMITS = IndexLimits(recall=0.9, latency_ms=5)
-
-
-def clustered(count, seed=0):
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).standard_normal((30, DIM))
-    vectors = centres[rng.integers(0, 30, count)] + 0.7 * rng.standard_normal((count, DIM))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def made_up(recall, latency_ms, size=100, key="IVF1,Flat"):

@@ -14,13 +14,13 @@ import serve.ann.state
 import serve.index
 from serve.ann.base import folders
 from serve.ann.choice import IndexLimits
-from serve.catalog import Catalog, Facts
+from serve.catalog import Catalog
 from serve.errors import GalleryError
-from serve.index import Index, unit_vectors
+from serve.index import Index
 from serve.samples import Sample
+from tests.gallery_items import clustered, toy_facts
 
 DIM = 16
-FACTS = Facts(encoder_id="e" * 16, encoder_name="toy", embedding_dim=DIM, manifest="{}")
 QUICK = IndexLimits(recall=0.9, latency_ms=1e-3)
 """Nothing is that quick, so an index is chosen as soon as there is one to choose."""
 
@@ -34,19 +34,13 @@ def few_rows_count_as_many(monkeypatch):
 
 @pytest.fixture
 def catalog(tmp_path):
-    catalog = Catalog(tmp_path / "catalog.sqlite", FACTS)
+    catalog = Catalog(tmp_path / "catalog.sqlite", toy_facts(DIM))
     yield catalog
     catalog.close()
 
 
-def vectors_of(count, seed=0):
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).standard_normal((30, DIM))
-    return unit_vectors(centres[rng.integers(0, 30, count)] + 0.7 * rng.standard_normal((count, DIM)), DIM)
-
-
 def add(catalog, count, seed=0):
-    return catalog.add([Sample(f"{seed}/{i}") for i in range(count)], vectors_of(count, seed), {})
+    return catalog.add([Sample(f"{seed}/{i}") for i in range(count)], clustered(count, seed), {})
 
 
 def wait_for(index):
@@ -58,7 +52,7 @@ def recall(index, catalog):
     """Of the ten nearest; that there are ten, and that they are scored right, is asserted."""
     blocks = [(ids, vectors) for ids, vectors in catalog.vectors(0, 2**62)]
     ids, vectors = np.concatenate([ids for ids, _ in blocks]), np.concatenate([vectors for _, vectors in blocks])
-    queries = vectors_of(100, seed=12345)
+    queries = clustered(100, seed=12345)
     index.catch_up()
     scores, found = index.search(queries, 10)
     exact = queries @ vectors.T
@@ -221,7 +215,7 @@ def test_searches_while_others_add_remove_update_and_compact(tmp_path, catalog):
             ids = add(catalog, 60, seed=turn)
             index.catch_up()
             catalog.remove(ids[::2])
-            catalog.update(ids[1], vectors_of(1, seed=1000 + turn)[0])
+            catalog.update(ids[1], clustered(1, seed=1000 + turn)[0])
             index.catch_up()
     assert index.problems() == []
     assert recall(index, catalog) >= 0.9
@@ -235,6 +229,7 @@ from pathlib import Path
 from serve.catalog import Catalog
 from serve.index import Index, unit_vectors
 from serve.samples import Sample
+from tests.gallery_items import clustered, toy_facts
 
 serve.index.MANY_ROWS = serve.ann.state.MANY_ROWS = 100
 folder, name = Path(sys.argv[1]), sys.argv[2]
@@ -258,7 +253,7 @@ def test_two_processes_write_bases(tmp_path, catalog):
     writers = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()) for name in "ab"]
     while any(writer.poll() is None for writer in writers):
         index.catch_up()
-        found = index.search(vectors_of(1), 10)[1]
+        found = index.search(clustered(1), 10)[1]
         assert len(set(found[0].tolist())) == found.shape[1]
     for writer in writers:
         assert writer.returncode == 0

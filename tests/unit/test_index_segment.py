@@ -11,16 +11,10 @@ import serve.ann.segment
 from serve.ann.cells import Pool, find_centres, nearest_centres
 from serve.ann.method import Method, cells_of, keys_for, set_effort, trained
 from serve.ann.segment import Segment, ranked, top
+from tests.gallery_items import clustered
 
 DIM, ROWS = 16, 3000
 KINDS = ["exact", *keys_for(256, DIM)]
-
-
-def clustered(count, seed=0, clusters=40):
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).standard_normal((clusters, DIM))
-    vectors = centres[rng.integers(0, clusters, count)] + 0.7 * rng.standard_normal((count, DIM))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 @functools.cache

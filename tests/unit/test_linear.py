@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
-from serve.contract import Preprocess
 from serve.errors import TrainingError
 from serve.samples import Sample
 from serve.sources import open_source
+from tests.flat_colours import COLOURS, FRAME, SIZE, draw_classes
 from train import linear as module
 from train.augment import SimCLRAugment
 from train.benchmarks import LINEAR_RECIPES
@@ -38,25 +37,11 @@ from train.linear import (
 )
 from train.optim import LARS
 
-SIZE = 16
 CPU = torch.device("cpu")
-PREPROCESS = Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
-COLOURS = {"blue": (20, 30, 220), "green": (30, 210, 40), "red": (220, 20, 30)}
 NUMBERS = {name: number for number, name in enumerate(COLOURS)}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def draw(folder: Path, count: int = 6) -> Path:
-    """Flat pictures, each a little off the colour of its class."""
-    rng = np.random.default_rng(count)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            shade = np.clip(np.array(colour) + rng.integers(-15, 16, 3), 0, 255).astype(np.uint8)
-            Image.fromarray(np.tile(shade, (SIZE, SIZE, 1))).save(folder / name / f"{number}.png")
-    return folder
 
 
 def network(seed: int = 0) -> Encoder:
@@ -128,7 +113,7 @@ def test_three_steps_of_nesterov_on_the_cosine_by_hand() -> None:
         assert views.shape == pictures.shape
         return (head.weight[0] - torch.tensor(goal)).square().sum() + 3 * head.bias[0]
 
-    descend(loss_of, make_optimizer(recipe, head), feed, recipe, PREPROCESS, device=CPU, name="test")
+    descend(loss_of, make_optimizer(recipe, head), feed, recipe, FRAME, device=CPU, name="test")
     accumulated, accumulated_bias = np.zeros(2), 0.0
     for step in range(3):
         rate = 0.5 * 2 / 256 * 0.5 * (1 + math.cos(math.pi * step / 3))
@@ -162,7 +147,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
             make_optimizer(recipe, head),
             feed,
             recipe,
-            PREPROCESS,
+            FRAME,
             device=CPU,
             name="test",
         )
@@ -206,29 +191,29 @@ def test_crops_of_worker_processes_are_only_flipped() -> None:
 def fitted(feed: Any, *, frozen: bool = True, seed: int = 0, epochs: float = 30, rate: float = 3.0) -> Classifier:
     model = Classifier(network(), 3)
     recipe = replace(LINEAR_SGD, epochs=epochs, rate=rate).for_pictures(len(feed))
-    fit(model, feed, NUMBERS, recipe, PREPROCESS, frozen=frozen, device=CPU, seed=seed)
+    fit(model, feed, NUMBERS, recipe, FRAME, frozen=frozen, device=CPU, seed=seed)
     return model
 
 
 def test_a_linear_layer_learns_while_the_encoder_does_not_move(tmp_path: Path) -> None:
-    feed = open_feed(open_source(draw(tmp_path / "train")).train, PREPROCESS, seed=0)
+    feed = open_feed(open_source(draw_classes(tmp_path / "train", 6)).train, FRAME, seed=0)
     model = fitted(feed)
     fresh = network().state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in model.body[0].state_dict().items())
-    figures, unreadable = score(model, open_source(draw(tmp_path / "test", 2)).train, NUMBERS, PREPROCESS, device=CPU)
+    figures, unreadable = score(model, open_source(draw_classes(tmp_path / "test", 2)).train, NUMBERS, FRAME, device=CPU)
     assert figures == {"accuracy": 1.0, "top5": None, "queries": 6}
     assert unreadable == []
 
 
 def test_the_first_step_is_softmax_regression_on_plain_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The zero layer's gradient by hand: mean of (1/C - onehot) times the encoder's features in evaluation mode."""
-    feed = load_pixels(open_source(draw(tmp_path / "train", 2)).train, PREPROCESS)
+    feed = load_pixels(open_source(draw_classes(tmp_path / "train", 2)).train, FRAME)
     monkeypatch.setattr(module, "crop_and_flip", lambda batch, *_: batch.pixels)
     model = Classifier(network(), 3)
     assert not model.linear.weight.any()
     assert not model.linear.bias.any()
     recipe = Recipe(optimizer="Nesterov", rate=1.0, rule="linear", batch_size=6, epochs=1)
-    fit(model, feed, NUMBERS, recipe, PREPROCESS, frozen=True, device=CPU)
+    fit(model, feed, NUMBERS, recipe, FRAME, frozen=True, device=CPU)
     with torch.no_grad():
         features = network().eval()(feed.images.float() / 255)
     residual = torch.full((6, 3), 1 / 3) - F.one_hot(torch.tensor([0, 0, 1, 1, 2, 2]), 3)
@@ -237,7 +222,7 @@ def test_the_first_step_is_softmax_regression_on_plain_features(tmp_path: Path, 
 
 
 def test_every_step_draws_other_crops_and_a_seed_repeats_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = open_source(draw(tmp_path / "train")).train
+    samples = open_source(draw_classes(tmp_path / "train", 6)).train
     noise = torch.randint(0, 256, (18, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     feed = Given([Batch(noise, torch.arange(18))] * 3, samples)
     seen: list[torch.Tensor] = []
@@ -252,27 +237,27 @@ def test_every_step_draws_other_crops_and_a_seed_repeats_them(tmp_path: Path, mo
 
 
 def test_a_feed_of_ready_crops_does_as_well(tmp_path: Path) -> None:
-    samples = open_source(draw(tmp_path / "train")).train
-    pixels = load_pixels(samples, PREPROCESS).images
+    samples = open_source(draw_classes(tmp_path / "train", 6)).train
+    pixels = load_pixels(samples, FRAME).images
     order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
     model = fitted(Given([Batch(torch.stack([pixels[order]] * 2), order)] * 30, samples))
-    assert score(model, samples, NUMBERS, PREPROCESS, device=CPU)[0]["accuracy"] == 1
+    assert score(model, samples, NUMBERS, FRAME, device=CPU)[0]["accuracy"] == 1
 
 
 def test_data_larger_than_memory_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = draw(tmp_path / "train")
-    (folder / "red" / "0.png").write_bytes(b"no picture")
+    folder = draw_classes(tmp_path / "train", 6)
+    (folder / "red" / "red_0.png").write_bytes(b"no picture")
     monkeypatch.setattr(module, "memory_shortage", lambda *_: "too many")
     monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
-    feed = open_feed(open_source(folder).train, PREPROCESS, seed=0)
+    feed = open_feed(open_source(folder).train, FRAME, seed=0)
     model = fitted(feed)
-    assert [Path(picture.source).name for picture in feed.unreadable] == ["0.png"]
+    assert [Path(picture.source).name for picture in feed.unreadable] == ["red_0.png"]
     samples = open_source(folder).train
-    assert score(model, samples, NUMBERS, PREPROCESS, device=CPU)[0] == {"accuracy": 1.0, "top5": None, "queries": 17}
+    assert score(model, samples, NUMBERS, FRAME, device=CPU)[0] == {"accuracy": 1.0, "top5": None, "queries": 17}
 
 
 def test_fine_tuning_moves_everything(tmp_path: Path) -> None:
-    feed = load_pixels(open_source(draw(tmp_path / "train")).train, PREPROCESS)
+    feed = load_pixels(open_source(draw_classes(tmp_path / "train", 6)).train, FRAME)
     model = fitted(feed, frozen=False, epochs=4, rate=1.0)  # the zero layer, then last gammas of 0, hold gradients back
     fresh = network().state_dict()
     still = [name for name, value in model.body[0].state_dict().items() if torch.equal(value, fresh[name])]
@@ -299,16 +284,16 @@ class AlwaysThird(nn.Module):
 
 
 def test_scores_count_unknown_classes_as_wrong_and_leave_unreadable_out(tmp_path: Path) -> None:
-    samples = list(open_source(draw(tmp_path / "test", 1)).train)
+    samples = list(open_source(draw_classes(tmp_path / "test", 1)).train)
     labels = [replace(sample, label=name) for sample, name in zip(samples, "cgx", strict=True)]
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     numbers = {name: number for number, name in enumerate("abcdefg")}
-    figures, unreadable = score(AlwaysThird(), [*labels, Sample(str(broken), label="c")], numbers, PREPROCESS, device=CPU)
+    figures, unreadable = score(AlwaysThird(), [*labels, Sample(str(broken), label="c")], numbers, FRAME, device=CPU)
     assert figures == {"accuracy": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3), "queries": 3}
     assert [picture.source for picture in unreadable] == [str(broken)]
     with pytest.raises(TrainingError, match="none of 1 pictures to score on can be read"):
-        score(AlwaysThird(), [Sample(str(broken))], numbers, PREPROCESS, device=CPU)
+        score(AlwaysThird(), [Sample(str(broken))], numbers, FRAME, device=CPU)
 
 
 def test_numbers_of_labels_and_input_pixels() -> None:

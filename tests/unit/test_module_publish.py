@@ -41,9 +41,7 @@ class Branching(Small):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cpu(one_cpu: None) -> None:
-    return
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 @pytest.fixture(autouse=True)

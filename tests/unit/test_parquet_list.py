@@ -8,16 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from serve.errors import SourceError
 from serve.samples import Sample
 from serve.sources import open_source
-
-
-def refusal(path):
-    with pytest.raises(SourceError) as caught:
-        open_source(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+from tests.drawn_sources import refusal
 
 
 def test_it_says_what_a_csv_says(tmp_path):
@@ -74,7 +67,7 @@ def test_times(tmp_path, value, seconds):
         ({"path": ["a.png"], "time": [[1.0]]}, "time is list<element: double>, wanted text or whole numbers, or a time"),
         ({"path": ["a.png", None]}, "row 1: {} is not path[,label,identity,camera,time,track]"),
         ({"path": ["a.png"], "time": ["yesterday"]}, "row 0: {'path': 'a.png', 'time': 'yesterday'}"),
-        ({"path": ["a.png"], "time": [float("nan")]}, "time is nan"),
+        ({"path": ["a.png"], "time": [float("nan")]}, "time is 'nan'"),
         ({"path": pa.array([], pa.string())}, "holds no pictures"),
     ],
 )

@@ -27,9 +27,7 @@ from train.encoder import Encoder
 SIZE = 32
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cpu(one_cpu):
-    return
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 @pytest.fixture(scope="module")

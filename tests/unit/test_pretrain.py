@@ -28,7 +28,7 @@ from serve.errors import ContractError, SourceError, TrainingError
 from serve.sources import open_source
 from train import distributed
 from train import pretrain as module
-from train.checkpoint import load_checkpoint, load_encoder, save_checkpoint
+from train.checkpoint import is_finished, load_checkpoint, load_encoder, save_checkpoint
 from train.config import PretrainConfig
 from train.data import Batch
 from train.plan import make_plan
@@ -426,6 +426,7 @@ def test_a_stopped_run_goes_on_to_the_same_encoder(
         pretrain(config)
     assert load_checkpoint(config.run)["step"] == step + 1
     assert load_encoder(config.run)[1].training["steps"] == step + 1
+    assert (is_finished(tmp_path), is_finished(config.run), is_finished(finished)) == (False, False, True)
     assert len(lines(config.run)) == step + 1
     pretrain(replace(config, resume=True))
     assert_same_result(config.run, finished)

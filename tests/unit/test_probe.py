@@ -2,23 +2,22 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from serve.contract import Manifest, Preprocess, TensorSpec
 from serve.errors import SourceError, TrainingError
 from serve.heads.fit import fit_head
 from serve.heads.labelled import labelled_pictures
-from serve.pictures import Picture, prepare_batch
+from serve.pictures import Picture
 from serve.preprocess import load_image
 from serve.samples import ImageSet, Sample
 from serve.sources import open_source
+from tests.flat_colours import SIZE, MeanColour, draw_classes
 from train.encoder import Encoder, UnitEncoder
 from train.probe import (
     embed_pixels,
@@ -31,47 +30,12 @@ from train.probe import (
 )
 from train.torch_encoder import ColourHistogram, TorchEncoder, untrained
 
-SIZE = 16
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def manifest(dim: int) -> Manifest:
-    return Manifest.create(
-        name="probe",
-        embedding_dim=dim,
-        input=TensorSpec(name="image", shape=(SIZE, SIZE, 3), dtype="uint8"),
-        output=TensorSpec(name="embedding", shape=(dim,), dtype="float32"),
-        preprocess=Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full"),
-        metric="cosine",
-        precision="fp32",
-        weights_sha256="0" * 64,
-        parity=None,
-        retrieval=None,
-        training={"arch": "resnet18", "width": 0.125, "stem": "small"},
-    )
-
-
-class MeanColour:
-    """The hue of a picture as a unit vector: a perfect encoder of flat, saturated pictures, and of nothing else."""
-
-    manifest = manifest(3)
-    encoder_id = manifest.encoder_id
-
-    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
-        pixels = prepare_batch(images, self.manifest.preprocess).reshape(-1, SIZE**2, 3).astype(np.float32)
-        return _unit(pixels.mean(1) - 100.3)
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+CARD = MeanColour.manifest.model_copy(
+    update={"embedding_dim": 64, "training": {"arch": "resnet18", "width": 0.125, "stem": "small"}}
+)
 
 
 class AlwaysTheSame(MeanColour):
@@ -79,22 +43,9 @@ class AlwaysTheSame(MeanColour):
         return np.tile(np.float32([1, 0, 0]), (len(images), 1))
 
 
-COLOURS = {"blue": (20, 30, 220), "green": (30, 210, 40), "red": (220, 20, 30)}
-
-
-def draw_classes(folder: Path, count: int = 10, colours: dict[str, tuple[int, int, int]] = COLOURS) -> Path:
-    """`count` flat pictures of each class, each a little off its colour."""
-    rng = np.random.default_rng(0)
-    for name, colour in colours.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            shade = np.clip(np.array(colour) + rng.integers(-15, 16, 3), 0, 255).astype(np.uint8)
-            Image.fromarray(np.tile(shade, (20, 20, 1))).save(folder / name / f"{number}.png")
-    return folder
-
-
 def unit_vectors(count: int, dim: int, seed: int = 0) -> NDArray[np.float32]:
-    return _unit(np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32))
+    vectors = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
 # --- kNN --------------------------------------------------------------------------------------------------------------
@@ -137,8 +88,8 @@ def test_knn_accuracy_counts_unknown_classes_as_wrong() -> None:
 
 
 def test_a_head_on_pictures_and_its_score_on_others(tmp_path: Path) -> None:
-    examples = labelled_pictures(MeanColour(), str(draw_classes(tmp_path / "train")))
-    head = fit_head(*examples, MeanColour.encoder_id)
+    examples = labelled_pictures(MeanColour(), str(draw_classes(tmp_path / "train", 10)))
+    head = fit_head(examples, MeanColour.encoder_id)
     assert head.classes == ("blue", "green", "red")
     assert head.report["held_back_accuracy"] == 1
     few = open_source(draw_classes(tmp_path / "test", 2)).train
@@ -150,7 +101,7 @@ def test_a_head_on_pictures_and_its_score_on_others(tmp_path: Path) -> None:
 
 
 def test_pictures_without_labels_teach_no_head(tmp_path: Path) -> None:
-    images = draw_classes(tmp_path / "train") / "red"
+    images = draw_classes(tmp_path / "train", 10) / "red"
     with pytest.raises(TrainingError, match="no labels to learn from; put each class in a sub-folder"):
         labelled_pictures(MeanColour(), str(images))
 
@@ -160,7 +111,7 @@ def test_pictures_without_labels_teach_no_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_a_perfect_encoder_scores_one_and_a_constant_one_chance(tmp_path: Path, protocol: str) -> None:
-    images = str(draw_classes(tmp_path / "images"))
+    images = str(draw_classes(tmp_path / "images", 10))
     report = evaluate(MeanColour(), images, None, protocol)  # type: ignore[arg-type]
     assert report["accuracy"] == 1
     assert (report["bank"], report["queries"], report["classes"], report["unreadable"]) == (24, 6, 3, 0)
@@ -170,15 +121,15 @@ def test_a_perfect_encoder_scores_one_and_a_constant_one_chance(tmp_path: Path, 
 
 
 def test_a_test_source_is_scored_and_all_of_the_other_learned(tmp_path: Path) -> None:
-    images, test = draw_classes(tmp_path / "images"), draw_classes(tmp_path / "test", 2)
-    (test / "red" / "0.png").write_bytes(b"no picture")
+    images, test = draw_classes(tmp_path / "images", 10), draw_classes(tmp_path / "test", 2)
+    (test / "red" / "red_0.png").write_bytes(b"no picture")
     report = evaluate(MeanColour(), str(images), str(test), "knn")
     assert (report["bank"], report["queries"], report["unreadable"], report["accuracy"]) == (30, 5, 1, 1)
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_evaluation_needs_labels_and_readable_pictures(tmp_path: Path, protocol: str) -> None:
-    images = draw_classes(tmp_path / "images")
+    images = draw_classes(tmp_path / "images", 10)
     with pytest.raises(TrainingError, match="no labels to score on; put each class in a sub-folder"):
         evaluate(MeanColour(), str(images / "red"), None, protocol)  # type: ignore[arg-type]
     for path in images.rglob("*.png"):
@@ -252,32 +203,31 @@ def test_the_colour_histogram_counts_as_a_loop_does(tmp_path: Path) -> None:
     for picture, y, x in np.ndindex(2, SIZE, SIZE):
         red, green, blue = (int(value) // 32 for value in pixels[picture, y, x])
         wanted[picture, 64 * red + 8 * green + blue] += 1
-    histogram = ColourHistogram(manifest(64))
+    histogram = ColourHistogram(CARD)
     vectors = histogram.embed(list(pixels))
     np.testing.assert_allclose(vectors, np.sqrt(wanted / SIZE**2), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     assert histogram.manifest.embedding_dim == 512
-    assert histogram.encoder_id != manifest(64).encoder_id
+    assert histogram.encoder_id != CARD.encoder_id
     assert histogram.embed([]).shape == (0, 512)
 
 
-def test_the_untrained_baseline_is_seeded_calibrated_and_not_the_trained_one() -> None:
-    card = manifest(64)
-    images = np.random.default_rng(0).integers(0, 256, (40, SIZE, SIZE, 3), dtype=np.uint8)
-    trained = TorchEncoder(small_encoder(seed=5), card)
-    baseline = untrained(card, images)
-    vectors = baseline.embed(list(images))
-    assert not np.allclose(vectors, trained.embed(list(images)), atol=1e-3)
-    np.testing.assert_array_equal(vectors, untrained(card, images).embed(list(images)))
-    assert not np.allclose(vectors, untrained(card, images, seed=1).embed(list(images)), atol=1e-3)
+def test_the_untrained_baseline_is_seeded_calibrated_and_not_the_trained_one(tmp_path: Path) -> None:
+    samples = open_source(draw_classes(tmp_path / "images", 10)).train
+    images = list(np.random.default_rng(0).integers(0, 256, (40, SIZE, SIZE, 3), dtype=np.uint8))
+    trained = TorchEncoder(small_encoder(seed=5), CARD)
+    vectors = untrained(CARD, samples).embed(images)
+    assert not np.allclose(vectors, trained.embed(images), atol=1e-3)
+    np.testing.assert_array_equal(vectors, untrained(CARD, samples).embed(images))
+    assert not np.allclose(vectors, untrained(CARD, samples, seed=1).embed(images), atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    fresh = TorchEncoder(small_encoder(seed=0), card)
-    assert not np.allclose(vectors, fresh.embed(list(images)), atol=1e-3), "its batch norms have seen pictures"
+    fresh = TorchEncoder(small_encoder(seed=0), CARD)
+    assert not np.allclose(vectors, fresh.embed(images), atol=1e-3), "its batch norms have seen pictures"
 
 
 def test_plain_features_are_those_that_the_unit_vectors_are_made_of() -> None:
     images = list(np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8))
-    unit, plain = (TorchEncoder(small_encoder(), manifest(64), unit=unit) for unit in (True, False))
+    unit, plain = (TorchEncoder(small_encoder(), CARD, unit=unit) for unit in (True, False))
     features = plain.embed(images)
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     assert (np.abs(lengths - 1) > 0.01).any()
@@ -287,7 +237,7 @@ def test_plain_features_are_those_that_the_unit_vectors_are_made_of() -> None:
 
 def test_a_torch_encoder_prepares_pictures_as_serving_does(tmp_path: Path) -> None:
     sample = open_source(draw_classes(tmp_path / "images", 1)).train[0]
-    encoder = TorchEncoder(small_encoder(), manifest(64), batch_size=2)
+    encoder = TorchEncoder(small_encoder(), CARD, batch_size=2)
     as_path, as_pixels, as_bytes = encoder.embed(
         [sample.source, load_image(sample.source, encoder.manifest.preprocess), Path(sample.source).read_bytes()]
     )

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from serve.classify import Head
 from serve.contract import Manifest, Preprocess
 from serve.errors import EncoderMismatch, TrainingError
 from serve.samples import ImageSet, Sample
+from tests.flat_colours import COLOURS, SIZE, draw_classes
+from tests.flat_colours import FRAME as SMALL
 from train import protocols as module
 from train.benchmarks import BENCHMARKS, FINE_TUNING, FRAME, Benchmark, compare_data, compare_result, compare_start
 from train.checkpoint import load_encoder, save_checkpoint, save_encoder
@@ -24,22 +25,14 @@ from train.probe import split_for_scoring
 from train.protocols import evaluate, report_lines
 from train.torch_encoder import open_run
 
-SIZE = 16
-COLOURS = [(20, 30, 220), (30, 210, 40), (220, 20, 30), (200, 200, 20), (20, 200, 200), (200, 20, 200)]
+SHADES = [*COLOURS.values(), (200, 200, 20), (20, 200, 200), (200, 20, 200)]
 
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 def draw(folder: Path, classes: int, count: int) -> Path:
-    """Flat pictures, each a little off the colour of its class."""
-    rng = np.random.default_rng(count)
-    for number, colour in enumerate(COLOURS[:classes]):
-        (folder / f"class {number}").mkdir(parents=True)
-        for place in range(count):
-            shade = np.clip(np.array(colour) + rng.integers(-15, 16, 3), 0, 255).astype(np.uint8)
-            Image.fromarray(np.tile(shade, (SIZE, SIZE, 1))).save(folder / f"class {number}" / f"{number}_{place}.png")
-    return folder
+    return draw_classes(folder, count, {f"class {number}": colour for number, colour in enumerate(SHADES[:classes])})
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = Encoder("resnet18", 0.125, "small-s2")
     model = SimCLR(encoder, ProjectionHead(encoder.feature_dim, 32))
     model.train()(torch.rand(16, 3, SIZE, SIZE))
-    preprocess = Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
-    save_encoder(folder, encoder, preprocess, {"method": "SimCLR", "head_layers": 2})
+    save_encoder(folder, encoder, SMALL, {"method": "SimCLR", "head_layers": 2})
     save_checkpoint(folder, {"step": 1, "model": model.state_dict(), "optimizer": {}, "facts": {}})
     return folder
 
@@ -117,10 +109,10 @@ def test_fine_tuning_from_the_head_as_simclr_v2_does(run: Path, images: str) -> 
 
 def test_fine_tuning_on_listed_pictures_of_another_test_set(run: Path, images: str, tmp_path: Path) -> None:
     names = tmp_path / "list.txt"
-    names.write_text("0_1.png\n2_3.png\n2_4.png\n")
+    names.write_text("class 0_1.png\nclass 2_3.png\nclass 2_4.png\n")
     report = scored(run, images, "finetune", label_list=names, epochs=1, test=str(draw(tmp_path / "test", 3, 1)))
     assert (report["bank"], report["classes"], report["queries"]) == (3, 2, 3)
-    names.write_text("2_3.png\n2_4.png\n")
+    names.write_text("class 2_3.png\nclass 2_4.png\n")
     with pytest.raises(TrainingError, match=r"a classifier needs at least two classes, got \['class 2'\]"):
         scored(run, images, "finetune", label_list=names)
 
@@ -146,7 +138,7 @@ def test_only_a_run_can_be_trained(run: Path, images: str) -> None:
 
 def test_unreadable_pictures_and_missing_labels(run: Path, images: str, tmp_path: Path) -> None:
     folder = draw(tmp_path / "images", 2, 5)
-    (folder / "class 0" / "0_0.png").write_bytes(b"no picture")
+    (folder / "class 0" / "class 0_0.png").write_bytes(b"no picture")
     report = scored(run, str(folder), "linear-sgd", epochs=1)
     assert (report["bank"], report["queries"], report["unreadable"]) == (7, 2, 1)
     with pytest.raises(TrainingError, match="no labels to score on"):
@@ -295,7 +287,7 @@ def test_the_official_lists_are_known_by_their_names(
 
     monkeypatch.setattr(module, "fit_and_score", untrained)
     names = tmp_path / "10percent.txt"
-    names.write_text("0_1.png\n1_3.png\n2_4.png\n")
+    names.write_text("class 0_1.png\nclass 1_3.png\nclass 2_4.png\n")
     report = scored(run, images, "finetune", label_list=names)
     assert report["differs"] == [
         "3 classes, not 1,000",

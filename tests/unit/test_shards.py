@@ -6,18 +6,10 @@ import logging
 import re
 import tarfile
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from serve.errors import SourceError
 from serve.sources import open_source, read_bytes
-
-
-def picture(seed=0):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 5, 3), np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
+from tests.drawn_sources import picture, refusal
 
 
 def shard(path, members):
@@ -39,13 +31,6 @@ def facts(source, role="train"):
 
 def labels(source, role="train"):
     return [row[:2] for row in facts(source, role)]
-
-
-def refusal(source):
-    with pytest.raises(SourceError) as caught:
-        open_source(source)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def numbered(tmp_path, count, prefix="part-"):

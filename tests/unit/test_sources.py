@@ -1,7 +1,6 @@
 """Every kind of source: what is found in it, under which roles, in which order; and what is refused."""
 
 import csv
-import io
 import os
 import re
 import shutil
@@ -26,27 +25,12 @@ from serve.errors import SourceError
 from serve.preprocess import load_image
 from serve.samples import Sample
 from serve.sources import describe_traits, open_source, read_batches, read_bytes
+from tests.drawn_sources import fill, picture, refusal
 
 FRAME = Preprocess(height_px=8, width_px=6, resize="stretch", crop=1.0, resample="bicubic", jpeg="full")
 
 
-def picture(seed=0, size=(9, 7), kind="PNG"):
-    stream = io.BytesIO()
-    array = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
-    Image.fromarray(array).save(stream, kind)
-    return stream.getvalue()
-
-
 PNG = picture()
-
-
-def fill(root, *names):
-    """Writes a picture of its own under each name."""
-    for seed, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(seed))
-    return root
 
 
 def zipped(root, path):
@@ -77,13 +61,6 @@ def facts(source, base):
 
 def labels(source, role="train"):
     return [(Path(sample.source).name, sample.label) for sample in getattr(open_source(source), role)]
-
-
-def refusal(source):
-    with pytest.raises(SourceError) as caught:
-        open_source(source)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
@@ -333,8 +310,8 @@ def test_times_are_seconds_and_utc_where_no_zone_is_named(tmp_path, text, wanted
         (b"path,label\n,cat\n", "line 2: .*'label': 'cat'"),
         (b"path,label\na.png,cat\nb.png,dog,9\n", "line 3"),
         (b"path,time\na.png,yesterday\n", "line 2.*yesterday"),
-        (b"path,time\na.png,nan\n", "line 2.*time is nan"),
-        (b"path,time\na.png,inf\n", "line 2.*time is inf"),
+        (b"path,time\na.png,nan\n", "line 2.*time is 'nan'"),
+        (b"path,time\na.png,inf\n", "line 2.*time is 'inf'"),
         (b"path,label\na.png,caf\xe9\n", "not a CSV file in UTF-8"),
         (b"\xff\xfep\0a\0t\0h\0\n\0", "not a CSV file in UTF-8"),
         (b"path,label\na.png," + b"x" * 200_000 + b"\n", "not a CSV file in UTF-8"),

@@ -2,18 +2,11 @@ import numpy as np
 import pytest
 
 from serve.errors import GalleryError, SourceError
-from serve.gallery import Gallery
 from serve.identity.open_set import fpir, threshold_at, tpir
 from serve.identity.trials import CURVE_AT, choose_threshold, draw, run_trials
 from serve.samples import Sample
 
 DIM = 16
-
-
-@pytest.fixture
-def gallery(tmp_path, toy_encoder):
-    with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
-        yield gallery
 
 
 def people(identities, each, prefix, seed=0):

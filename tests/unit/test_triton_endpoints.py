@@ -128,6 +128,7 @@ FAULTS = [
     down("StatusCode.NOT_FOUND", "Request for unknown model: 'x_encoder' has no available versions"),
     down("StatusCode.INTERNAL", "Stub process 'x_encoder_0_0' is not healthy."),
     down("500"),
+    down("StatusCode.INTERNAL", ""),
     ConnectionResetError(),
     TimeoutError(),
     BadStatusLine("?"),

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.neighbours import pair_distances
-from serve.pairs import Items, Keys, Pairs, Values, added_up, distinct, totals
-from serve.reciprocal import Graph, List, averaging, extended, overlaps, weighted
+from serve.reciprocal.graph import Graph, List, averaging, extended, overlaps, weighted
+from serve.reciprocal.pairs import Items, Keys, Pairs, Values, added_up, distinct, totals
 
 
 class Joining:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.neighbours import Neighbours, Screen, nearest, pair_distances
-from serve.pairs import Keys, Pairs, Values, added_up, distinct, totals
+from serve.reciprocal.pairs import Keys, Pairs, Values, added_up, distinct, totals
 
 _BLOCK_PAIRS = 1 << 15
 
