@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from commands.opening import GalleryName, IdentityName, open_gallery
 from commands.options import check_choice
 from commands.telling import quarantine_of, tell_added
 from serve.errors import SimclrError
+from serve.samples import NOBODY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class ReidEnrol:
         with open_gallery(self.gallery, self.encoder, create=True) as gallery:
             report = enrol(gallery, wanted, quarantine)
         tell_added(report, quarantine, self.images or "--image")
+        if nobody := sum(sample.identity in NOBODY for sample in wanted):
+            print(f"{nobody} pictures are named {' or '.join(NOBODY)}: marks for nobody, who is never named", file=sys.stderr)
         print(f"{self.gallery}: {len(report.ids)} enrolled, {report.already_present} were there")
 
 

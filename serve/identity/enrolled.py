@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from serve.errors import GalleryError
+from serve.filters import And, Condition
 from serve.gallery import Gallery
-from serve.identity.identify import ENROLLED
-from serve.samples import NOBODY
+from serve.samples import JUNK_IDENTITY, NOBODY
+
+_RANKED = And((Condition("identity", "is known"), Condition("identity", "!=", (JUNK_IDENTITY,))))
+"""What a ranking holds: somebody's pictures, and those of nobody in particular."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +55,8 @@ def _copied(gallery: Gallery, file: IO[bytes]) -> NDArray[np.int64]:
     """Write the vectors. Returns: ids, identities, cameras and whether it is somebody, (4, N)."""
     facts = array("q")
     identities, cameras = dict[str | int | None, int](), dict[str | int, int]()
-    with tqdm(total=gallery.count(ENROLLED), desc="reading", unit="img", delay=1, leave=False, dynamic_ncols=True) as bar:
-        for items, vectors_ND in gallery.rows(ENROLLED):
+    with tqdm(total=gallery.count(_RANKED), desc="reading", unit="img", delay=1, leave=False, dynamic_ncols=True) as bar:
+        for items, vectors_ND in gallery.rows(_RANKED):
             for item in items:
                 somebody = item.identity not in NOBODY
                 identity = identities.setdefault(item.identity if somebody else item.id, len(identities))

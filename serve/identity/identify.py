@@ -18,10 +18,10 @@ from serve.gallery import Gallery
 from serve.identity.calibration import Calibration
 from serve.identity.decision import Decision
 from serve.pooling import pool
-from serve.samples import JUNK_IDENTITY
+from serve.samples import NOBODY
 from serve.search import Hit
 
-ENROLLED = And((Condition("identity", "is known"), Condition("identity", "!=", (JUNK_IDENTITY,))))
+ENROLLED = And((Condition("identity", "is known"), Not(Condition("identity", "in", NOBODY))))
 """The items that stand for somebody."""
 _ITEMS = 8
 """To look at, for each identity wanted; if they are of too few, then as many again of the others."""
@@ -31,7 +31,7 @@ _GROWTH = 1.5
 
 def enrolled_identities(gallery: Gallery) -> set[str]:
     """Everybody who could be named."""
-    return set(gallery.distinct("identity")) - {JUNK_IDENTITY}
+    return set(gallery.distinct("identity")) - set(NOBODY)
 
 
 def rank_identities(

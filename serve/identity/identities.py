@@ -14,7 +14,7 @@ from serve.errors import GalleryError, SourceError
 from serve.filters import Condition
 from serve.gallery import AddReport, Gallery
 from serve.identity import audit
-from serve.samples import JUNK_IDENTITY, Sample
+from serve.samples import NOBODY, Sample
 
 
 def named(
@@ -123,8 +123,8 @@ def _called(identity: str) -> Condition:
 
 
 def _check_name(identity: str) -> None:
-    if identity == JUNK_IDENTITY or not identity.strip():
-        raise GalleryError(f"identity {identity!r}: cannot be anybody's name ({JUNK_IDENTITY} marks junk); wanted another")
+    if identity in NOBODY or not identity.strip():
+        raise GalleryError(f"identity {identity!r}: cannot be anybody's name ({', '.join(NOBODY)} mark nobody); wanted another")
 
 
 def _require_free(gallery: Gallery, identity: str, instead: str) -> None:

@@ -17,7 +17,7 @@ from serve.identity.calibration import Calibration, Measured, Point, fit_logisti
 from serve.identity.identify import enrolled_identities, rank_identities
 from serve.identity.open_set import Curve, curve, fpir, interval, threshold_at, tpir
 from serve.pooling import pool
-from serve.samples import JUNK_IDENTITY, Sample
+from serve.samples import JUNK_IDENTITY, NOBODY, Sample
 
 CURVE_AT = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """FPIRs of the table."""
@@ -106,7 +106,8 @@ def _probes(samples: Sequence[Sample], vectors_ND: NDArray[np.float32], tracks: 
                 f"{sample.source}: a probe without identity; name it (sub-folder or column), strangers by any name not enrolled"
             )
         if identity != JUNK_IDENTITY:
-            groups.setdefault((identity, sample.camera, sample.track) if tracks else (identity, str(place)), []).append(place)
+            together = tracks and identity not in NOBODY  # of whom each is somebody else
+            groups.setdefault((identity, sample.camera, sample.track) if together else (identity, str(place)), []).append(place)
     return [
         _Probe(str(identity), pool(vectors_ND[places]), tuple(samples[place].source for place in places))
         for (identity, *_), places in groups.items()

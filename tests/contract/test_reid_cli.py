@@ -73,6 +73,15 @@ def test_from_enrolment_to_an_answer(simclr, gallery, world):
     assert len(json.loads(filtered.out)["candidates"]) == 2
 
 
+def test_pictures_of_nobody_are_told_and_never_named(simclr, gallery, world):
+    shutil.copytree(world / "probes" / "person-8", world / "mixed" / "0000")
+    shutil.copytree(world / "probes" / "person-9", world / "mixed" / "person-9")
+    told = simclr("reid", "enrol", gallery, "--images", "mixed")
+    assert f"{2 * EACH} pictures are named 0000 or 0000others or -1: marks for nobody" in told.err
+    named = simclr("reid", "identify", gallery, "--image", "probes/person-8/1.png", "-k", 20, "--json")
+    assert {one["identity"] for one in json.loads(named.out)["candidates"]} == {*(f"person-{i}" for i in range(5)), "person-9"}
+
+
 def test_all_enrolled_is_said(simclr, gallery):
     told = simclr("reid", "calibrate", gallery, "--probes", "enrolled", "--fpir", 0.1, "--out", "held.json")
     assert "each left out of the gallery in its turn" in told.out

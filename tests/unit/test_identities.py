@@ -88,6 +88,7 @@ def test_rename_merge_and_split(gallery):
         (lambda g: rename(g, "a", "b"), "b is taken; nothing was changed; to make one of two: simclr reid merge"),
         (lambda g: rename(g, "x", "y"), "nobody is called x"),
         (lambda g: rename(g, "a", "-1"), "cannot be anybody's name"),
+        (lambda g: rename(g, "a", "0000"), "cannot be anybody's name"),
         (lambda g: merge(g, ["a", "x"], "a"), "nobody is called x"),
         (lambda g: merge(g, ["a"], "a"), "nothing to merge"),
         (lambda g: split(g, "a", [1], "b"), "b is taken"),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,13 @@ def test_tracks_are_pooled(gallery):
     alone = run_trials(gallery, probes[:1], of_the_first)
     assert trials.own[0] == pytest.approx(alone.own[0], abs=1e-6)
     assert trials.own.mean() > run_trials(gallery, probes, asked).own.mean()
+
+
+def test_strangers_without_a_name_of_their_own_are_not_pooled(gallery):
+    gallery.add(*people(range(2), 3, "g"))
+    probes, asked = people(range(4), 2, "p", seed=1)
+    named = [replace(probe, identity="0000" if place >= 4 else probe.identity) for place, probe in enumerate(probes)]
+    assert len(run_trials(gallery, named, asked, tracks=True).nonmated) == 4
 
 
 def test_a_filter_may_leave_nobody(gallery):
