@@ -22,7 +22,7 @@ import torch
 
 from export.publish import publish
 from export.repository import Target
-from serve.bulk import add_pictures
+from serve.bulk import add_pictures, embed_samples
 from serve.classify import Head
 from serve.encoder import Encoder, open_encoder
 from serve.errors import SimclrError, TritonStartError
@@ -31,6 +31,8 @@ from serve.gallery import Gallery
 from serve.gallery_folder import MANIFEST_COPY_NAME
 from serve.heads.fit import fit_head
 from serve.heads.labelled import labelled_pictures
+from serve.identity.calibration import Calibration
+from serve.identity.trials import choose_threshold, run_trials
 from serve.ports import HOST
 from serve.preprocess import ImageError, decode
 from serve.protocols.run import Options, evaluate_pictures
@@ -52,6 +54,7 @@ MOST_EPOCHS = 200
 LONG_MINUTES = 8
 """From here on a CPU gets further with the wider network."""
 GALLERY_MOST = 20_000
+ASKED_FPIR = 0.1
 PARITY_PICTURES, TRANSPORT_PICTURES, SEARCHES = 32, 64, 100
 STEPS = 7
 
@@ -92,9 +95,10 @@ def run_demo(*, images: str | None, out: Path, minutes: float, app: bool, port: 
         if isinstance(served, TritonEncoder):
             http = TritonEncoder(f"{report['triton']['http']}/{NAME}")
             report["transports"] = _transports(served, http, open_encoder(repository), pictures.everything)
-        _step(7, "Fill a gallery and search it")
+        _step(7, "Fill a gallery, search it, choose a threshold")
         with _gallery(out / "gallery", served, repository, pictures) as gallery:
             report["search"] = _searches(gallery, served)
+            calibration = _threshold(gallery, pictures, out, report)
             report["minutes_in_all"] = round((time.monotonic() - started) / 60, 2)
             _write(out / "demo.json", report)
             _summarise(report, out)
@@ -102,7 +106,8 @@ def run_demo(*, images: str | None, out: Path, minutes: float, app: bool, port: 
                 from app import build_app, serve_app
 
                 heads = {} if head is None else {"head": head}
-                serve_app(build_app(gallery, served, heads=heads, encoder_spec=spec, notice=notice), port=port)
+                blocks = build_app(gallery, served, heads=heads, encoder_spec=spec, calibration=calibration, notice=notice)
+                serve_app(blocks, port=port)
 
 
 def _step(number: int, text: str) -> None:
@@ -296,6 +301,22 @@ def _searches(gallery: Gallery, encoder: Encoder) -> dict[str, Any]:
     }
 
 
+def _threshold(gallery: Gallery, pictures: ImageSet, out: Path, report: dict[str, Any]) -> Calibration | None:
+    """Of a re-ID set: from which score on a query is named, where each identity is a stranger in its turn."""
+    if not pictures.query:
+        return None
+    assert gallery.encoder is not None
+    try:
+        vectors, probes, _ = embed_samples(gallery.encoder, pictures.query, "probes")
+        calibration = choose_threshold(gallery, run_trials(gallery, probes, vectors), ASKED_FPIR)
+    except SimclrError as error:
+        print(f"no threshold: {error}", file=sys.stderr)
+        return None
+    calibration.save(out / "threshold.json")
+    report["threshold"] = calibration.model_dump(include={"asked_fpir", "threshold", "fpir", "tpir"})
+    return calibration
+
+
 def _write(path: Path, report: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
@@ -314,4 +335,7 @@ def _summarise(report: dict[str, Any], out: Path) -> None:
         print(f"\nlinear head: {'not scored' if right is None else f'{right:.1%} right'}, {len(head['classes'])} classes")
     search = report["search"]
     print(f"gallery: {search['gallery']} pictures, a search takes {search['p50_ms']} ms")
+    if "threshold" in report:
+        rates = {name: report["threshold"][name]["rate"] for name in ("tpir", "fpir")}
+        print(f"threshold: {rates['tpir']:.1%} of the queries named rightly, {rates['fpir']:.1%} of strangers named")
     print(f"{out / 'demo.json'} has every figure; {report['minutes_in_all']} min in all")

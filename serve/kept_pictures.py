@@ -6,12 +6,9 @@ It is called by its content's SHA-256, so that the same upload is the same item.
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections.abc import Iterable
 from pathlib import Path, PurePath
-
-from PIL import Image
 
 from serve.errors import GalleryError
 from serve.files import atomic_path
@@ -25,9 +22,7 @@ _FRESH_S = 600
 def keep(folder: Path, encoded: bytes) -> Path:
     """Write a picture into the folder of a gallery; returns its absolute path. Raises: ImageError, GalleryError."""
     decode(encoded)
-    with Image.open(io.BytesIO(encoded)) as image:
-        kind = (image.format or "picture").lower()
-    path = folder.absolute() / PICTURES_NAME / f"{hashlib.sha256(encoded).hexdigest()}.{kind}"
+    path = folder.absolute() / PICTURES_NAME / hashlib.sha256(encoded).hexdigest()
     try:
         with atomic_path(path) as temporary:  # anew even if it is there: it is fresh then
             temporary.write_bytes(encoded)

@@ -29,6 +29,9 @@ LAYERS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 SK_RATIO, SK_MIN_CHANNELS = 0.0625, 32
 """Width of a selective kernel's attention, as a share of the stage's and at least (SimCLR v2; resnet.py, `sk_conv2d`)."""
 
+NARROW = 16
+"""Channels that oneDNN takes together with AVX-512."""
+
 
 class Encoder(nn.Module):
     """ResNet up to its average pool: float images in [0, 1] (B, 3, H, W) -> features (B, D).
@@ -198,6 +201,20 @@ class ShortcutPool(nn.Module):
         return F.avg_pool2d(F.pad(x_BCHW, (0, 1, 0, 1), mode), 2, self.stride)
 
 
+class NarrowShortcut(nn.Conv2d):
+    """A 1x1 convolution with a stride, trained as one of stride 1 on what the stride leaves: the same sums.
+
+    With fewer than NARROW channels in channels-last, oneDNN's backward pass of the strided one writes past its memory on CPUs
+    (github.com/uxlfoundation/oneDNN/issues/6035): the process dies, or goes on with damaged numbers.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d calls it so
+        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        if not self.training:  # what is exported is the plain convolution
+            return super().forward(input)
+        return F.conv2d(input[..., :: self.stride[0], :: self.stride[1]], self.weight)
+
+
 def _first_convolution(channels: int, stem: str, *, sk: bool, padding: int | None) -> nn.Module:
     kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small-s2": (3, 2)}[stem]
     if not (sk and stem == "imagenet"):
@@ -215,7 +232,8 @@ def _stage(
     shortcut = None
     if stride != 1 or inputs != outputs:
         pool = [ShortcutPool(stride)] if sk else []
-        convolution = nn.Conv2d(inputs, outputs, 1, 1 if sk else stride, bias=False)
+        kind = NarrowShortcut if inputs < NARROW else nn.Conv2d
+        convolution = kind(inputs, outputs, 1, 1 if sk else stride, bias=False)
         shortcut = nn.Sequential(*pool, convolution, nn.BatchNorm2d(outputs))
     blocks = [block(inputs, planes, stride, shortcut), *(block(outputs, planes) for _ in range(count - 1))]
     if sk:

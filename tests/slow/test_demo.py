@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serve.identity.calibration import Calibration
+
 
 def run_demo(out, *options):
     command = [sys.executable, "cli.py", "demo", "--out", str(out), "--no-app", *options]
@@ -40,7 +42,7 @@ def test_unlabelled_pictures_of_mixed_kinds_go_all_the_way(mixed, tmp_path):
     assert report["search"]["found_itself"] == 1
     assert report["triton"]["running"]
     assert max(value for name, value in report["transports"].items() if name != "pictures") < 1e-5
-    assert "head" not in report
+    assert not {"head", "threshold"} & set(report)
     assert "broken.jpg" in done.stderr
 
     again = run_demo(tmp_path / "out", "--images", str(mixed), "--minutes", "0.05")  # what is done is not done again
@@ -68,6 +70,8 @@ def test_the_generated_set_goes_all_the_way(tmp_path):
     assert set(report["quality"]) == {"trained", "untrained", "colour_histogram"}
     assert all({"rank1", "map_step", "map_trapezoid"} <= set(figures) for figures in report["quality"].values())
     assert report["head"]["classes"] == sorted(report["head"]["classes"])
+    assert report["threshold"]["fpir"]["rate"] <= report["threshold"]["asked_fpir"] == 0.1
+    assert Calibration.load(tmp_path / "out" / "threshold.json").threshold == report["threshold"]["threshold"]
     assert len(report["export"]["models"]) == 5
     assert max(value for name, value in report["transports"].items() if name != "pictures") < 1e-5
     assert report["search"]["found_itself"] == 1

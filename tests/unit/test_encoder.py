@@ -1,17 +1,31 @@
 """The network: shapes, exchange of weights with torchvision, initial values, the projection head, unit vectors."""
 
 import math
+import os
+import subprocess
+import sys
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from train.config import Arch, Stem
-from train.encoder import LAYERS, Encoder, ProjectionHead, SamePool, SelectiveKernel, ShortcutPool, SimCLR, UnitEncoder
+from train.encoder import (
+    LAYERS,
+    Encoder,
+    NarrowShortcut,
+    ProjectionHead,
+    SamePool,
+    SelectiveKernel,
+    ShortcutPool,
+    SimCLR,
+    UnitEncoder,
+)
 
 STEMS = get_args(Stem)
 
@@ -81,6 +95,36 @@ def test_the_stems_strides(stem: Stem, kernel: int, first: int, last: int) -> No
     x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(images(1, 64, 64)))))
     assert x.shape[2:] == (first, first)
     assert encoder.layer4(encoder.layer3(encoder.layer2(encoder.layer1(x)))).shape[2:] == (last, last)
+
+
+def test_a_narrow_shortcut_is_the_plain_convolution() -> None:
+    shortcut = Encoder("resnet18", 0.125, "small").layer2[0].downsample[0]
+    assert isinstance(shortcut, NarrowShortcut)
+    x = torch.rand(2, 8, 9, 12)
+    gradients = []
+    for training in (True, False):
+        shortcut.train(training).zero_grad()
+        found = shortcut(x)
+        torch.testing.assert_close(found, F.conv2d(x, shortcut.weight, stride=2))
+        found.square().sum().backward()
+        gradients.append(shortcut.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+TRAIN_NARROW = """
+import torch
+from train.encoder import Encoder
+encoder = Encoder("resnet18", 0.125, "small").to(memory_format=torch.channels_last)
+for _ in range(8):
+    encoder(torch.rand(3, 3, 32, 32).to(memory_format=torch.channels_last)).square().mean().backward()
+"""
+
+
+def test_training_a_narrow_network_leaves_the_heap_whole() -> None:
+    """A process of its own, for it dies where the memory around oneDNN's workspace is written on."""
+    environment = os.environ | {"MALLOC_CHECK_": "3"}
+    done = subprocess.run([sys.executable, "-c", TRAIN_NARROW], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
