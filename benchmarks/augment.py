@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -34,8 +32,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.sides import run_side, seconds
 
 SECONDS_PER_RATE = 2.0
 SPEEDS = {
@@ -81,23 +80,16 @@ def compare(arguments: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(arguments.repeats):
         for side, python in sides.items():
-            found[side].append(json.loads(run_side(python, side)))
+            found[side].append(json.loads(run_side(python, __file__, side)))
     with tempfile.TemporaryDirectory() as folder:
         files = {side: Path(folder) / f"{side}.npz" for side in sides}
         for side, python in sides.items():
-            run_side(python, side, "--measure", str(files[side]), "--draws", str(arguments.draws))
+            run_side(python, __file__, side, "--measure", files[side], "--draws", arguments.draws)
         measured = {side: dict(np.load(file)) for side, file in files.items()}
     show_rates(found)
     distances = show_distances(measured["ours"], measured["lightly"])
     if arguments.json:
         arguments.json.write_text(json.dumps({"samples_per_s": found, "distances": distances}, indent=2) + "\n")
-
-
-def run_side(python: str, side: str, *more: str) -> str:
-    done = subprocess.run([python, __file__, "--side", side, *more], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
-    return (done.stdout.splitlines() or [""])[-1]
 
 
 def smooth_pictures(count: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -122,9 +114,7 @@ def rate(step: Callable[[], object], samples: int) -> float:
     step()
     took: list[float] = []
     while sum(took) < SECONDS_PER_RATE or len(took) < 3:
-        started = time.perf_counter()
-        step()
-        took.append(time.perf_counter() - started)
+        took.append(seconds(step))
     return samples / statistics.median(took)
 
 

@@ -11,7 +11,6 @@ All have the same weights: random ones whose batch norms have seen the pictures,
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -26,8 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the peers' environment has our code, not our package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the peers' environment has our code, not our package
+
+from benchmarks.sides import SideFailed, run_side, seconds
 
 SIDES = ("ours-fp32", "ours-int8", "torch-eager", "torch-compile", "openvino")
 SIZE_PX, BATCH, SHOTS = 224, 32, 10
@@ -43,13 +43,14 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer-python", help="interpreter of the peers' environment (make bench)")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers' environment (make bench)")
     parser.add_argument("--json", type=Path, help="also write every figure there")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--vectors", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        run_side(arguments.side, arguments.model, arguments.images)
+        print(json.dumps(embed_files(arguments.side, arguments.model, arguments.images, arguments.vectors)))
     else:
         compare(arguments)
 
@@ -75,15 +76,14 @@ def measure(run: Path, images: Path, models: Path, arguments: argparse.Namespace
     for precision in ("fp32", "int8"):
         options = {"precision": precision, "images": str(images), "accept_loss": True}
         publish(*load_encoder(run), models / precision, name="bench", head=None, target="cpu", **options)
-    peer = str(Path(arguments.peer_python).absolute()) if arguments.peer_python else sys.executable  # sides run elsewhere
     rates: dict[str, list[float]] = {side: [] for side in arguments.sides}
     vectors: dict[str, np.ndarray] = {}
     for _ in range(arguments.repeats):
         for side in arguments.sides:
-            python = peer if side == "openvino" else sys.executable
+            python = arguments.peer_python if side == "openvino" else sys.executable
             model = models / side.removeprefix("ours-") if side.startswith("ours") else models / "fp32"
             model = run if side.startswith("torch") else model
-            found = start_side(python, side, model, images)
+            found = embed_apart(python, side, model, images)
             if found is not None:
                 rates[side].append(found[0])
                 vectors[side] = found[1]
@@ -92,32 +92,34 @@ def measure(run: Path, images: Path, models: Path, arguments: argparse.Namespace
     return {"images_per_s": rates, "recall_at_10": recall, "ops_per_image": operations(run)}
 
 
-def start_side(python: str, side: str, model: Path, images: Path) -> tuple[float, np.ndarray] | None:
+def embed_apart(python: str, side: str, model: Path, images: Path) -> tuple[float, np.ndarray] | None:
     """Pictures per second and vectors (N, D) in file order; None where its library is not installed."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, __file__, "--side", side, "--model", str(model), "--images", str(images)]
+        vectors = Path(folder) / "vectors.npy"
+        options = ("--model", model, "--images", images, "--vectors", vectors)
         for _ in range(ATTEMPTS):  # a DataLoader forked beside OpenVINO's threads hung once in four runs
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
-                break
-        else:
-            sys.exit(f"{side} hung {ATTEMPTS} times for {TIMEOUT_S} s")
-        if "No module named 'openvino'" in done.stderr:
-            return None
-        if done.returncode:
-            sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
-        return float(json.loads(done.stdout.splitlines()[-1])), np.load(Path(folder) / "vectors.npy")
+            try:
+                rate = json.loads(run_side(python, __file__, side, *options, timeout_s=TIMEOUT_S))
+                return float(rate), np.load(vectors)
+            except subprocess.TimeoutExpired:
+                continue
+            except SideFailed as failure:
+                if "No module named 'openvino'" in str(failure):
+                    return None
+                raise
+    sys.exit(f"{side} hung {ATTEMPTS} times for {TIMEOUT_S} s")
 
 
-def run_side(side: str, model: Path, images: Path) -> None:
+def embed_files(side: str, model: Path, images: Path, vectors_file: Path) -> float:
+    """Pictures per second; the vectors are written to the file."""
     files = sorted(images.rglob("*.jpg"))
     embed = {"torch-eager": torch_side, "torch-compile": torch_side, "openvino": openvino_side}.get(side, our_side)(model, side)
     embed(files[: 3 * BATCH])
     started = time.perf_counter()
     vectors = embed(files)
     rate = len(files) / (time.perf_counter() - started)
-    np.save("vectors.npy", vectors)
-    print(json.dumps(rate))
+    np.save(vectors_file, vectors)
+    return rate
 
 
 def our_side(model: Path, side: str) -> Callable[[list[Path]], np.ndarray]:  # noqa: ARG001  # one signature for all sides
@@ -294,12 +296,6 @@ def product(edge: int, kind: str) -> Callable[[], object]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return lambda: session.run(None, {"a": left})
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def show(name: str, report: dict[str, Any], peak: dict[str, float]) -> None:

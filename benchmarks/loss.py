@@ -24,19 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.sides import GIB, MIB, memory_bytes, run_side
+
 DIM, TEMPERATURE = 128, 0.2
-GIB, MIB = 2**30, 2**20
 
 
 def main() -> None:
+    available_gib = memory_bytes("MemAvailable", "/proc/meminfo") / GIB
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="interpreter of the peers' environment (make bench)")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers' environment (make bench)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[512 * 2**power for power in range(7)], metavar="B")
     parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=tuple(SIDES))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-gib", type=float, default=available_gib() - 1, help="what a side may take (all but one)")
+    parser.add_argument("--memory-gib", type=float, default=available_gib - 1, help="what a side may take (all but one)")
     parser.add_argument("--timeout-s", type=float, default=900, help="for one measurement")
     parser.add_argument("--json", type=Path, help="also write every measurement there")
     parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
@@ -65,16 +67,12 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def measure_apart(side: str, batch_size: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    python = sys.executable if side.startswith("ours") else arguments.peer_python or sys.executable
-    command = [python, __file__, "--side", side, "--batch-sizes", str(batch_size)]
-    command += ["--repeats", str(arguments.repeats), "--memory-gib", str(arguments.memory_gib)]
+    python = sys.executable if side.startswith("ours") else arguments.peer_python
+    options = ("--batch-sizes", batch_size, "--repeats", arguments.repeats, "--memory-gib", arguments.memory_gib)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.timeout_s)
+        return dict(json.loads(run_side(python, __file__, side, *options, timeout_s=arguments.timeout_s)))
     except subprocess.TimeoutExpired:
         return {"side": side, "batch_size": batch_size, "failed": f"takes more than {arguments.timeout_s:.0f} s"}
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure(side: str, batch_size: int, repeats: int, memory_gib: float) -> dict[str, Any]:
@@ -83,9 +81,9 @@ def measure(side: str, batch_size: int, repeats: int, memory_gib: float) -> dict
     found: dict[str, Any] = {"side": side, "batch_size": batch_size}
     one_call(loss_of, projections(8))
     z_2BD = projections(batch_size)
-    before = process_bytes("VmRSS")
+    before = memory_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    limit = process_bytes("VmSize") + int(memory_gib * GIB)
+    limit = memory_bytes("VmSize") + int(memory_gib * GIB)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         loss, gradient_norm, _ = one_call(loss_of, z_2BD)
@@ -94,7 +92,7 @@ def measure(side: str, batch_size: int, repeats: int, memory_gib: float) -> dict
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         return found | {"failed": f"needs more than {memory_gib:.0f} GiB"}
-    extra = process_bytes("VmHWM") - before
+    extra = memory_bytes("VmHWM") - before
     return found | {"loss": loss, "gradient_norm": gradient_norm, "times_s": times_s, "extra_bytes": extra}
 
 
@@ -143,20 +141,6 @@ def metric_learning() -> Callable[[Tensor], Tensor]:
 
 
 SIDES = {"ours, tiled": ours_tiled, "ours, plain": ours_plain, "lightly": lightly, "metric-learning": metric_learning}
-
-
-def process_bytes(name: str) -> int:
-    """VmRSS, VmHWM (its peak) or VmSize of this process."""
-    return kib_in("/proc/self/status", name) * 1024
-
-
-def available_gib() -> float:
-    return kib_in("/proc/meminfo", "MemAvailable") / MIB
-
-
-def kib_in(path: str, name: str) -> int:
-    lines = Path(path).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def show(one: dict[str, Any]) -> None:

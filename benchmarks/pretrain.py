@@ -16,7 +16,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,13 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the peer's environment has our code, not our package
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the peer's environment has our code, not our package
 
-from throughput import NETWORKS, PilPictures  # noqa: E402
+from benchmarks.sides import run_side
+from benchmarks.throughput import NETWORKS, PilPictures
 
-WARM_UP = 3
 KEPT_PER_RUN = {"ours": 10, "lightly": 5}
 BANK, QUERIES = 10_000, 2_000
 
@@ -41,7 +38,7 @@ BANK, QUERIES = 10_000, 2_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default="../shared/data/cifar10.zip", help="labelled pictures of 32 px with a test split")
-    parser.add_argument("--peer-python", help="interpreter of the peers' environment (make bench)")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers' environment (make bench)")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="demo")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--peer-seconds", type=float, default=200, help="training time of lightly's loop")
@@ -79,8 +76,8 @@ def compare(arguments: argparse.Namespace) -> None:
         folder = Path(name)
         np.save(folder / "pixels.npy", pixels.images.numpy())
         for seed in range(arguments.seeds):
-            peer = run_side("lightly", seed, arguments.peer_seconds, folder, arguments, scored)
-            ours = run_side("ours", seed, arguments.peer_seconds * arguments.share, folder, arguments, scored)
+            peer = train_apart("lightly", seed, arguments.peer_seconds, folder, arguments, scored)
+            ours = train_apart("ours", seed, arguments.peer_seconds * arguments.share, folder, arguments, scored)
             aim = max(accuracy for _, accuracy in peer)
             reached = next((seconds for seconds, accuracy in ours if accuracy >= aim), None)
             report.append({"seed": seed, "lightly": peer, "ours": ours, "aim": aim, "reached_s": reached})
@@ -93,21 +90,19 @@ def compare(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def run_side(
+def train_apart(
     side: str, seed: int, seconds: float, folder: Path, arguments: argparse.Namespace, scored: tuple
 ) -> list[tuple[float, float]]:
     """(training seconds, kNN accuracy) of the encoders that a child process kept."""
     from train.encoder import Encoder
     from train.probe import embed_pixels, knn_accuracy
 
-    python = sys.executable if side == "ours" else arguments.peer_python or sys.executable
-    command = [python, __file__, "--side", side, "--seed", str(seed), "--seconds", str(seconds), "--folder", str(folder)]
-    command += ["--network", arguments.network, "--batch-size", str(arguments.batch_size)]
+    python = sys.executable if side == "ours" else arguments.peer_python
+    options = ["--seed", seed, "--seconds", seconds, "--folder", folder]
+    options += ["--network", arguments.network, "--batch-size", arguments.batch_size]
     for left in folder.glob("encoder_*.pt"):
         left.unlink()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
+    run_side(python, __file__, side, *options)
     bank, bank_groups, queries, query_groups = scored
     curve = []
     encoder = Encoder(*NETWORKS[arguments.network])

@@ -18,7 +18,6 @@ import importlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.sides import MIB, SideFailed, memory_bytes, run_side
 
 QUERIES, GALLERY, DIM = 3368, 19_732, 2048
 SYSU_QUERIES, SYSU_GALLERY = 1000, 479_730
@@ -41,7 +41,7 @@ BLOCK = 8192
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--peer-python", help="interpreter of the peers' environment (make bench)")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers' environment (make bench)")
     parser.add_argument("--torchreid", type=Path, help="a checkout of deep-person-reid, instead of the package")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of queries and gallery items, for a try")
     parser.add_argument("--repeats", type=int, default=3)
@@ -79,15 +79,14 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
 def run(arguments: argparse.Namespace, side: str, folder: Path) -> dict[str, Any]:
     """One side in a process of its own."""
-    python = arguments.peer_python or sys.executable if side in PEERS else sys.executable
+    python = arguments.peer_python if side in PEERS else sys.executable
     repeats = arguments.slow_repeats if side in SLOW else arguments.repeats
-    command = [python, __file__, "--side", side, "--folder", str(folder), "--repeats", str(repeats)]
-    command += ["--torchreid", str(arguments.torchreid)] if arguments.torchreid else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][-200:]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    options = ["--folder", folder, "--repeats", repeats]
+    options += ["--torchreid", arguments.torchreid] if arguments.torchreid else []
+    try:
+        return dict(json.loads(run_side(python, __file__, side, *options)))
+    except SideFailed as failure:
+        return {"failed": str(failure).splitlines()[-1][-200:]}
 
 
 def show(side: str, found: dict[str, Any]) -> None:
@@ -160,15 +159,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "peak_mb": peak_mb(),
+        "peak_mb": memory_bytes("VmHWM") / MIB,
         "load": os.getloadavg()[0],
         "figures": figures,
     }
-
-
-def peak_mb() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return float(line.split()[1]) / 1024
 
 
 def product(data: Data, _: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from search_sides import OURS_ENVIRONMENT, SIDES, SLOW, Side
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.search_sides import OURS_ENVIRONMENT, SIDES, SLOW, Side
+from benchmarks.sides import MIB, memory_bytes, run_side, seconds
 
 DIM, ROWS_PER_CLUSTER, K, RECALL = 256, 250, 10, 0.95
 QUERIES, TIMED = 1000, 500
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--slow-count", type=int, default=20_000, help=f"rows for {' and '.join(SLOW)}")
     parser.add_argument("--vectors", type=Path, help="a parquet of `simclr embed` instead of made-up rows")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--peer-python", help="interpreter of the peers' environment (make bench)")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers' environment (make bench)")
     parser.add_argument("--folder", type=Path, help="where the data and indexes go, and stay (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write every figure there")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
@@ -61,7 +62,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
           f" {'p99 ms':>7} {'QPS x2':>7} {'QPS batch':>9}")  # fmt: skip
     for side, count in sizes.items():
         data = prepare(folder / f"{count}", count, arguments.vectors)
-        python = sys.executable if side in OURS_ENVIRONMENT else arguments.peer_python or sys.executable
+        python = sys.executable if side in OURS_ENVIRONMENT else arguments.peer_python
         found = {"rows": len(np.load(data / "rows.npy", mmap_mode="r"))}
         for phase in ("fill", "build", "search") if side == "ours" else ("build", "search"):
             found |= run(python, phase, side, data)
@@ -78,12 +79,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
 def run(python: str, phase: str, side: str, data: Path) -> dict[str, Any]:
     """One phase of one side in a process of its own."""
-    command = [python, __file__, "--phase", phase, "--side", side, "--folder", str(data)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{side}, {phase} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return dict(json.loads(run_side(python, __file__, side, "--phase", phase, "--folder", data, part=phase)))
 
 
 def prepare(data: Path, count: int, parquet: Path | None) -> Path:
@@ -186,9 +182,7 @@ def recall_of(found: np.ndarray, truth: np.ndarray) -> float:
 
 def memory_mb() -> tuple[float, float]:
     """What this process has to itself, and what it maps of files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    sizes = {line.split(":")[0]: float(line.split()[1]) / 1024 for line in lines if line.startswith("Rss")}
-    return sizes["RssAnon"], sizes["RssFile"]
+    return memory_bytes("RssAnon") / MIB, memory_bytes("RssFile") / MIB
 
 
 def latency(asked: Side, queries: np.ndarray) -> dict[str, float]:
@@ -282,12 +276,6 @@ def searches(gallery: Any, queries: np.ndarray, work: Callable[[], object]) -> l
         took.append(seconds(lambda query=query: gallery.search_many(query[None], K)))
         time.sleep(0.001)
     return [1e3 * float(np.percentile(took, share)) for share in (50, 99)]
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 PHASES: dict[str, Callable[[str, Path], dict[str, Any]]] = {

@@ -6,14 +6,10 @@ The peers' environment has neither our code nor our packages: nothing of ours is
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 EFFORTS = (10, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 M, EF_CONSTRUCTION = 16, 128

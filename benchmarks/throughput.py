@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the peer's environment has our code, not our package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the peer's environment has our code, not our package
+
+from benchmarks.sides import run_side
 
 NETWORKS = {
     "example": ("resnet18", 1.0, "imagenet"),
@@ -37,7 +37,7 @@ WARM_UP = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default="../shared/data/cifar10.zip", help="pictures of 32 px: folder, .zip, .tar or .csv")
-    parser.add_argument("--peer-python", help="interpreter of the peers' environment (make bench)")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers' environment (make bench)")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
@@ -67,23 +67,16 @@ def compare(arguments: argparse.Namespace) -> None:
         pixels = Path(folder) / "pixels.npy"
         np.save(pixels, load_pixels(samples, frame).images.numpy())
         for network in arguments.networks:
+            options = ["--network", network, "--pixels", pixels]
+            options += ["--batch-size", arguments.batch_size, "--steps", arguments.steps]
             rates: dict[str, list[float]] = {"ours": [], "lightly": []}
             for _ in range(arguments.repeats):
-                for side, python in (("ours", sys.executable), ("lightly", arguments.peer_python or sys.executable)):
-                    rates[side].append(run_side(python, side, network, pixels, arguments))
+                for side, python in (("ours", sys.executable), ("lightly", arguments.peer_python)):
+                    rates[side].append(float(json.loads(run_side(python, __file__, side, *options))))
             report[network] = rates
             show(network, rates)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def run_side(python: str, side: str, network: str, pixels: Path, arguments: argparse.Namespace) -> float:
-    command = [python, __file__, "--side", side, "--network", network, "--pixels", str(pixels)]
-    command += ["--batch-size", str(arguments.batch_size), "--steps", str(arguments.steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def show(network: str, rates: dict[str, list[float]]) -> None:

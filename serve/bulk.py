@@ -93,7 +93,7 @@ def embed_to_parquet(manifest: Manifest, source: str, out: str, engine: Engine, 
     parts = [folder / shard.part_name for shard in shards]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _make_missing(shards, folder, engine)
+        make_missing(shards, folder, engine, "embedding")
         report = _outcome(parts, path.with_name(f"{path.name}.quarantine.jsonl"))
         write_quarantine(report.quarantine, report.unreadable)
         if as_parts:
@@ -107,10 +107,11 @@ def embed_to_parquet(manifest: Manifest, source: str, out: str, engine: Engine, 
     return report
 
 
-def _make_missing(shards: Sequence[Shard], folder: Path, engine: Engine) -> None:
+def make_missing(shards: Sequence[Shard], folder: Path, engine: Engine, name: str) -> None:
+    """Make the parts that are not in the folder yet, with a progress bar called `name`. Raises: what the engine raises."""
     missing = [shard for shard in shards if not (folder / shard.part_name).is_file()]
     total, left = (sum(len(shard.samples) for shard in some) for some in (shards, missing))
-    with _bar("embedding", total, total - left) as bar:
+    with _bar(name, total, total - left) as bar:
         if missing:
             engine(missing, folder, bar.update)
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from serve.bulk import embed_samples
+from serve.bulk import embed_samples, make_missing
 from serve.bulk_local import embed_here
 from serve.bulk_shards import plan_shards, read_outcome
-from serve.contract import METADATA_KEY, Manifest
 from serve.encoder import Encoder
 from serve.errors import SourceError, first_line
 from serve.protocols.flip import Mirrored, combine
 from serve.protocols.names import Flip
 from serve.samples import Sample
+from serve.transfer.item_list import items_of
+from serve.transfer.vector_file import open_vectors
 
 _WORKERS = 2
 _log = logging.getLogger(__name__)
@@ -58,11 +59,7 @@ def _embed(encoder: Encoder, samples: Sequence[Sample], name: str, parts: Path |
         return Vectors(kept, values, encoder.encoder_id, len(unreadable))
     parts.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(samples, encoder.encoder_id)
-    missing = [shard for shard in shards if not (parts / shard.part_name).is_file()]
-    done = len(samples) - sum(len(shard.samples) for shard in missing)
-    with tqdm(total=len(samples), initial=done, desc=name, unit="img", dynamic_ncols=True) as bar:
-        if missing:
-            embed_here(missing, parts, bar.update, encoder=encoder, workers=_WORKERS)
+    make_missing(shards, parts, partial(embed_here, encoder=encoder, workers=_WORKERS), name)
     return _join([parts / shard.part_name for shard in shards], encoder, len(samples))
 
 
@@ -84,18 +81,13 @@ def read_vectors(path: Path) -> Vectors:
 
     `simclr embed` writes such files; of others the encoder is unknown, and called "". Raises: SourceError.
     """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
-    if "vector" not in table.column_names:
-        raise SourceError(
-            f"{path}: columns are {sorted(table.column_names)}, wanted vector, identity, camera; see simclr embed"
-        )
-    card = (table.schema.metadata or {}).get(METADATA_KEY.encode())
-    encoder_id = Manifest.parse(card, str(path)).encoder_id if card else ""
-    return Vectors(_samples(path, table), _values(path, table), encoder_id)
+    file = open_vectors(path)
+    values = np.empty((file.count, file.dim), np.float32)
+    samples: list[Sample] = []
+    for block in file.blocks():
+        values[len(samples) : len(samples) + len(block.ids)] = block.vectors
+        samples += items_of(block.facts, path, path.name, block.ids, is_text=False, keep_ids=False).samples
+    return Vectors(samples, values, file.manifest.encoder_id if file.manifest else "")
 
 
 def has_vectors(source: str) -> bool:
@@ -106,27 +98,6 @@ def has_vectors(source: str) -> bool:
         return "vector" in pq.read_schema(source).names
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"{source}: not a readable Parquet file ({first_line(error)})") from error
-
-
-def _samples(path: Path, table: pa.Table) -> list[Sample]:
-    names = [field.name for field in fields(Sample) if field.name in table.column_names]
-    rows = table.select(names).to_pylist()
-    for number, row in enumerate(rows):
-        row["source"] = row.get("source") or f"{path}, row {number}"
-        for name in ("identity", "camera", "track", "label"):
-            row[name] = None if row.get(name) is None else str(row[name])
-    return [Sample(**row) for row in rows]
-
-
-def _values(path: Path, table: pa.Table) -> NDArray[np.float32]:
-    """(N, D). Raises: SourceError for vectors of several sizes, or with holes."""
-    column = table["vector"].combine_chunks()
-    try:
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        values: NDArray[np.float32] = flat.astype(np.float32, copy=False).reshape(len(column), -1 if len(column) else 0)
-    except (AttributeError, TypeError, ValueError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: vector is {column.type}, wanted lists of numbers, all of one size") from error
-    return values
 
 
 def pool_tracks(frames: Vectors) -> Vectors:

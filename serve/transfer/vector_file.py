@@ -110,14 +110,15 @@ def _open_parquet(path: Path, parts: Sequence[Path]) -> VectorFile:
 
 
 def _vector_column(path: Path, schema: pa.Schema) -> str:
-    """The column of lists of numbers; of several, the one called vector or embedding."""
+    """The one called vector or embedding, or else the only column of lists of floats."""
     lists = [field.name for field in schema if _is_vector(field.type)]
-    named = [name for name in _VECTOR_NAMES if name in lists]
-    if not lists:
+    named = [name for name in _VECTOR_NAMES if name in schema.names]
+    found = [name for name in named or lists if name in lists]
+    if not found:
         raise SourceError(f"{path}: no column of vectors among {schema.names}; wanted one of lists of floats")
-    if len(lists) > 1 and not named:
-        raise SourceError(f"{path}: {' and '.join(lists)} are columns of vectors; call the right one {_VECTOR_NAMES[0]}")
-    return (named or lists)[0]
+    if len(found) > 1 and not named:
+        raise SourceError(f"{path}: {' and '.join(found)} are columns of vectors; call the right one {_VECTOR_NAMES[0]}")
+    return found[0]
 
 
 def _is_vector(kind: pa.DataType) -> bool:

@@ -167,6 +167,7 @@ def test_parquet_of_others(uri, tmp_path, column, kind, source):
         ({"a": [[1.0, 2.0]], "b": [[1.0, 2.0]]}, "a and b are columns of vectors"),
         ({"a": [1.0]}, "no column of vectors"),
         ({"vector": [[1, 2]]}, "no column of vectors"),
+        ({"vector": [[1, 2]], "box": [[1.0, 2.0]]}, "no column of vectors"),
         ({"vector": [[1.0, 2.0], [1.0]]}, "row 1 has a vector of 1, wanted one of 2"),
         ({"vector": [[1.0, 2.0], None]}, "row 1 has no vector"),
         ({"vector": [[1.0, 2.0], [1.0, None]]}, "row 1 is zero, infinite or not a number"),

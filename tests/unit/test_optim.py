@@ -144,7 +144,7 @@ def test_weights_are_adapted_batch_norms_and_biases_are_not() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     kinds = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in names.values()}
     adapted_names = {names[id(parameter)] for parameter in adapted["params"]}
-    matrices = {name for name, kind in kinds.items() if kind in (nn.Conv2d, nn.Linear) and name.endswith("weight")}
+    matrices = {name for name, kind in kinds.items() if issubclass(kind, (nn.Conv2d, nn.Linear)) and name.endswith("weight")}
     assert adapted_names == matrices
     assert {names[id(parameter)] for parameter in excluded["params"]} == set(names.values()) - matrices
     optimizer = LARS(parameter_groups(model), lr=1.0, weight_decay=1e-4)
