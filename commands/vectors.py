@@ -15,8 +15,8 @@ from commands.telling import tell_unreadable
 from serve.errors import SimclrError
 
 if TYPE_CHECKING:
-    from serve.bulk_shards import Engine
     from serve.encoder import Encoder
+    from serve.engines.shards import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,10 @@ class Embed:
 
     def _engine(self, encoder: Encoder) -> Engine:
         if self.engine == "local":
-            from serve.bulk_local import embed_here
+            from serve.engines.local import embed_here
 
             return partial(embed_here, encoder=encoder, workers=self.workers)
-        from serve.bulk_ray import embed_on_ray
+        from serve.engines.ray_cluster import embed_on_ray
 
         return partial(
             embed_on_ray,

@@ -28,7 +28,6 @@ from serve.encoder import Encoder, open_encoder
 from serve.errors import SimclrError, TritonStartError
 from serve.files import atomic_path
 from serve.gallery import Gallery
-from serve.gallery_folder import MANIFEST_COPY_NAME
 from serve.heads.fit import fit_head
 from serve.heads.labelled import labelled_pictures
 from serve.identity.calibration import Calibration
@@ -39,6 +38,7 @@ from serve.protocols.run import Options, evaluate_pictures
 from serve.samples import ImageSet, Sample
 from serve.signals import stopped_by_sigterm
 from serve.sources import open_source, read_bytes
+from serve.storage.gallery_folder import MANIFEST_COPY_NAME
 from serve.triton.client import TritonEncoder
 from serve.triton_server import TritonServer
 from train.checkpoint import CHECKPOINT, CONFIG, METRICS, is_finished, load_encoder

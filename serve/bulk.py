@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from serve.bulk_shards import (
+from serve.contract import Manifest
+from serve.encoder import Encoder
+from serve.engines.quarantine import read_quarantine, write_quarantine
+from serve.engines.shards import (
     PART_NAME,
     SHARD_SIZE,
     Engine,
@@ -24,11 +27,8 @@ from serve.bulk_shards import (
     plan_shards,
     read_outcome,
 )
-from serve.contract import Manifest
-from serve.encoder import Encoder
 from serve.errors import SimclrError, SourceError
 from serve.gallery import AddReport, Gallery
-from serve.quarantine import read_quarantine, write_quarantine
 from serve.samples import JUNK_IDENTITY, Sample, Unreadable
 from serve.sources import open_source, printable
 

@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from serve.catalog_check import problems
-from serve.catalog_file import CatalogFile
-from serve.catalog_schema import AMONG, COLUMNS, ENCODER_SPEC, INSERT, SINCE, Facts, prepare, sealed, vector_row
 from serve.errors import DamagedItem, GalleryError, Reembedded
 from serve.filters import EVERYTHING, TEXT_FIELDS, Where
 from serve.item import Item, Known, columns_of, natural_key, new_item, relabelled, require_known, require_unused
 from serve.samples import Sample
 from serve.sources import name_fault
+from serve.storage.catalog_check import problems
+from serve.storage.catalog_file import CatalogFile
+from serve.storage.catalog_schema import AMONG, COLUMNS, ENCODER_SPEC, INSERT, SINCE, Facts, prepare, sealed, vector_row
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from serve.ann.choice import IndexLimits
 from serve.encoder import Encoder
 from serve.errors import GalleryError, NoSuchItem
 from serve.filters import Where, as_where
-from serve.folder_store import FolderStore, open_folder
 from serve.index import unit_vectors
 from serve.item import Item, Known
 from serve.pictures import Picture
 from serve.samples import Sample, Unreadable
 from serve.search import Hit, Searcher
 from serve.sources import misnamed, name_fault, read_batches
+from serve.storage.folder_store import FolderStore, open_folder
 from serve.store import Store, check_encoder, facts_of
 
 _Batch: TypeAlias = tuple[list[Sample], NDArray[np.float32], list[Unreadable]]

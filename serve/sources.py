@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from serve import archives, cifar, shards
 from serve.contract import Preprocess
 from serve.datasets.known import recognise, split_choice
 from serve.datasets.market import MARKET_NAME, WHOLE_NAME
 from serve.datasets.tree import IMAGE_SUFFIXES, Tree, sample_named
 from serve.errors import SourceError
-from serve.listing import list_files
-from serve.picture_list import listed_samples
+from serve.formats import archives, cifar, shards
+from serve.formats.listing import list_files
+from serve.formats.picture_list import listed_samples
 from serve.preprocess import TRAITS, ImageError, decode, load_image
 from serve.samples import ImageSet, Sample, Unreadable, stated_sample
 

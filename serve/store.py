@@ -1,4 +1,4 @@
-"""What a gallery is kept in: a folder (serve/folder_store.py) or Milvus (serve/milvus/store.py), behind one interface."""
+"""What a gallery is kept in, behind one interface: a folder (serve/storage/folder_store.py), Milvus (serve/milvus/store.py)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from serve.catalog_schema import Facts
 from serve.errors import EncoderMismatch, GalleryError
 from serve.filters import Where
 from serve.item import Item, Known
 from serve.samples import Sample
+from serve.storage.catalog_schema import Facts
 
 if TYPE_CHECKING:  # who knows hits alone, as clients do, needs no encoder
     from serve.encoder import Encoder

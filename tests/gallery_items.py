@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from serve.catalog_schema import Facts
 from serve.samples import Sample
+from serve.storage.catalog_schema import Facts
 
 
 def vectors_of(count, seed=0, dim=16):

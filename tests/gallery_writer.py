@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 import serve.ann.state
 from serve.catalog import Catalog
 from serve.gallery import Gallery
-from serve.gallery_folder import CATALOG_NAME
 from serve.samples import Sample
+from serve.storage.gallery_folder import CATALOG_NAME
 from tests.gallery_items import toy_facts
 
 DIM = 16

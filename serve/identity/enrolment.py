@@ -9,8 +9,8 @@ from serve.filters import Condition
 from serve.gallery import Gallery
 from serve.identity.identities import enrol, named
 from serve.item import Known
-from serve.kept_pictures import keep, unlink_kept
 from serve.samples import Sample
+from serve.storage.kept_pictures import keep, unlink_kept
 
 
 def enrol_item(gallery: Gallery, item_id: int, identity: str, camera: str | None = None, time: float | None = None) -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.catalog_schema import COLUMNS
 from serve.errors import GalleryError
 from serve.item import Item, columns_of
 from serve.milvus.expression import facts_of
 from serve.sources import printable
+from serve.storage.catalog_schema import COLUMNS
 
 if TYPE_CHECKING:
     from pymilvus import CollectionSchema

@@ -19,10 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from serve.catalog_schema import ENCODER_SPEC, Facts
 from serve.errors import GalleryError
 from serve.filters import EVERYTHING, TEXT_FIELDS, Where
-from serve.gallery_folder import bytes_on_disk
 from serve.item import Item, Known, natural_key, new_item, relabelled, require_known, require_unused
 from serve.milvus.address import Address
 from serve.milvus.collection import BLOCK_ROWS, MOST_FOUND, Collection, blocks
@@ -30,6 +28,8 @@ from serve.milvus.expression import among, expression
 from serve.milvus.rows import FIELDS, Row, item_of, row_of
 from serve.samples import Sample
 from serve.sources import name_fault
+from serve.storage.catalog_schema import ENCODER_SPEC, Facts
+from serve.storage.gallery_folder import bytes_on_disk
 from serve.store import Description, Found, needed
 
 _BLOCK_QUERIES = 256

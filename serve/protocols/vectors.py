@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from serve.bulk import embed_samples, make_missing
-from serve.bulk_local import embed_here
-from serve.bulk_shards import plan_shards, read_outcome
 from serve.encoder import Encoder
+from serve.engines.local import embed_here
+from serve.engines.shards import plan_shards, read_outcome
 from serve.errors import SourceError, first_line
 from serve.protocols.flip import Mirrored, combine
 from serve.protocols.names import Flip

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from serve.bulk_shards import WRITER, table_of
 from serve.contract import METADATA_KEY
+from serve.engines.shards import WRITER, table_of
 from serve.files import atomic_path
 from serve.gallery import Gallery
 from serve.item import Item, sample_of

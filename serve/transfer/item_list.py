@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from serve.errors import SourceError, first_line
-from serve.parquet_list import as_text, check_kind
+from serve.formats.parquet_list import as_text, check_kind
 from serve.samples import FACTS, Sample, stated_sample
 from serve.transfer.vector_file import Block
 

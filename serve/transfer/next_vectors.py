@@ -17,8 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.catalog import Catalog
-from serve.catalog_schema import AMONG, ENCODER_SPEC, INSERT, VECTORS_INDEX, sealed, vector_row, vectors_table, write_facts
 from serve.encoder import Encoder
+from serve.storage.catalog_schema import (
+    AMONG,
+    ENCODER_SPEC,
+    INSERT,
+    VECTORS_INDEX,
+    sealed,
+    vector_row,
+    vectors_table,
+    write_facts,
+)
 from serve.store import facts_of
 
 _PREFIX = "next_"

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from serve.catalog import Catalog
 from serve.encoder import Encoder
+from serve.engines.quarantine import write_quarantine
 from serve.errors import GalleryError, Reembedded
 from serve.gallery import Gallery
-from serve.gallery_folder import CATALOG_NAME, INDEX_NAME
 from serve.index import unit_vectors
-from serve.quarantine import write_quarantine
 from serve.samples import Sample, Unreadable
 from serve.sources import read_batches
+from serve.storage.gallery_folder import CATALOG_NAME, INDEX_NAME
 from serve.transfer.next_vectors import NextVectors, Version
 
 QUARANTINE_NAME = "unreadable.jsonl"

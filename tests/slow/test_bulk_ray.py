@@ -16,8 +16,8 @@ from PIL import Image
 
 from export.repository import write_repository
 from serve.bulk import embed_to_parquet
-from serve.bulk_local import embed_here
 from serve.encoder import open_encoder
+from serve.engines.local import embed_here
 from serve.errors import EncoderMismatch, SimclrError
 from tests.toy_encoder import write_toy_encoder
 
@@ -74,7 +74,7 @@ def run(world, out, engine):
 
 
 def on_ray(world, address, opener=open_encoder):
-    from serve.bulk_ray import embed_on_ray
+    from serve.engines.ray_cluster import embed_on_ray
 
     return partial(embed_on_ray, open_encoder=opener, spec=str(world / "toy"), address=address, workers=2)
 
@@ -203,7 +203,7 @@ def test_where_there_is_no_cluster_it_says_so(ray, world, tmp_path):
     [([2], 2, 1), ([1], 2, 0.5), ([0, 16, 4], 2, 2), ([16], 3, 5), ([1], 3, 0.3333), ([0], 2, 0.5), ([2.5], 1, 2)],
 )
 def test_so_many_shards_fit_on_the_smallest_machine(ray, monkeypatch, cpus, workers, share):
-    from serve.bulk_ray import _cpus_per_shard
+    from serve.engines.ray_cluster import _cpus_per_shard
 
     nodes = [{"Alive": True, "Resources": {"CPU": count}} for count in cpus] + [{"Alive": False, "Resources": {"CPU": 0.1}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)

@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-import serve.catalog_file
+import serve.storage.catalog_file
 from serve.api import create_api
 from serve.encoder import OnnxEncoder
 from serve.errors import EncoderMismatch
@@ -214,7 +214,7 @@ def test_an_infinite_number_in_extra_is_no_json(api, gallery):
 
 
 def test_another_writer_that_does_not_end_is_a_503_and_readers_go_on(api, gallery, monkeypatch):
-    monkeypatch.setattr(serve.catalog_file, "_WAIT_S", 0.05)
+    monkeypatch.setattr(serve.storage.catalog_file, "_WAIT_S", 0.05)
     gallery.close()
     with (
         Gallery.open(gallery.folder, gallery.encoder) as fresh,

@@ -14,8 +14,8 @@ from PIL import Image
 
 import serve.files
 from serve.bulk import add_pictures, embed_samples, embed_to_parquet
-from serve.bulk_local import embed_here
 from serve.contract import METADATA_KEY, Manifest
+from serve.engines.local import embed_here
 from serve.errors import EncoderUnavailable, SimclrError, SourceError
 from serve.gallery import Gallery
 from serve.samples import Sample

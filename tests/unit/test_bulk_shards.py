@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from serve.bulk_shards import PART_NAME, SHARD_SIZE, embed_shard, join_parts, plan_shards, read_outcome
+from serve.engines.shards import PART_NAME, SHARD_SIZE, embed_shard, join_parts, plan_shards, read_outcome
 from serve.errors import EncoderMismatch, SourceError
 from serve.samples import Sample
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import serve.catalog
-import serve.catalog_file
-import serve.catalog_schema
+import serve.storage.catalog_file
+import serve.storage.catalog_schema
 from serve.catalog import Catalog, Change
-from serve.catalog_schema import COLUMNS, page_bytes
 from serve.errors import DamagedItem, GalleryError
 from serve.filters import EVERYTHING, parse_where
 from serve.item import Item, natural_key
 from serve.samples import Sample
+from serve.storage.catalog_schema import COLUMNS, page_bytes
 from tests.gallery_items import toy_facts
 
 DIM = 4
@@ -288,7 +288,7 @@ def test_a_catalog_of_schema_1_is_brought_up_to_date(old_catalog):
 def test_an_update_of_the_schema_that_breaks_off_leaves_the_old_one(old_catalog, monkeypatch):
     before = old_catalog.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setitem(serve.catalog_schema._FROM_1, "removed", "SELECT 1 / 0 FROM nowhere")
+        patch.setitem(serve.storage.catalog_schema._FROM_1, "removed", "SELECT 1 / 0 FROM nowhere")
         with pytest.raises(GalleryError, match="no such table: nowhere"):
             Catalog(old_catalog)
     assert old_catalog.read_bytes() == before
@@ -481,7 +481,7 @@ def test_readers_see_one_state_and_wait_for_nobody(tmp_path, catalog):
 
 
 def test_another_process_that_writes_for_too_long(tmp_path, catalog, monkeypatch):
-    monkeypatch.setattr(serve.catalog_file, "_WAIT_S", 0.05)
+    monkeypatch.setattr(serve.storage.catalog_file, "_WAIT_S", 0.05)
     impatient = Catalog(tmp_path / "catalog.sqlite")
     with catalog._file.writing(), pytest.raises(GalleryError, match="another process has been writing"):
         add(impatient, "a")
@@ -490,7 +490,8 @@ def test_another_process_that_writes_for_too_long(tmp_path, catalog, monkeypatch
 
 def test_processes_that_make_the_same_catalog_at_once(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from serve.catalog import Catalog; from serve.catalog_schema import Facts\n"
+        "import sys; from pathlib import Path\n"
+        "from serve.catalog import Catalog; from serve.storage.catalog_schema import Facts\n"
         "print(Catalog(Path(sys.argv[1]), Facts('e', 'toy', 4, '{}')).facts.encoder_name)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "new.sqlite")]
@@ -531,8 +532,8 @@ def test_the_page_size_is_near_the_best_that_can_be_measured(dim):
 
 
 def test_the_wal_stays_small_and_a_slow_reader_is_not_waited_for_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve.catalog_file, "_WAL_BYTES", 200_000)
-    monkeypatch.setattr(serve.catalog_file, "_WAL_WAIT_S", 0.01)
+    monkeypatch.setattr(serve.storage.catalog_file, "_WAL_BYTES", 200_000)
+    monkeypatch.setattr(serve.storage.catalog_file, "_WAL_WAIT_S", 0.01)
     catalog, wal = Catalog(tmp_path / "catalog.sqlite", FACTS), tmp_path / "catalog.sqlite-wal"
     add(catalog, "first")
     reader = catalog.vectors(0, 9)

@@ -13,7 +13,7 @@ import pytest
 
 import serve.transfer.importing
 from serve.bulk import embed_to_parquet
-from serve.bulk_local import embed_here
+from serve.engines.local import embed_here
 from serve.errors import EncoderMismatch, GalleryError, SourceError
 from serve.gallery import Gallery
 from serve.transfer import faiss_file

@@ -3,12 +3,12 @@ import sqlite3
 import numpy as np
 import pytest
 
-from serve.catalog_file import CatalogFile
 from serve.errors import GalleryError, SourceError
 from serve.gallery import Gallery
 from serve.identity import audit
 from serve.identity.identities import enrol, forget, merge, named, rename, split
 from serve.samples import Sample
+from serve.storage.catalog_file import CatalogFile
 
 DIM = 16
 
@@ -155,7 +155,7 @@ def test_removing_alone_does_leave_them(gallery, secrets):
 
 
 def test_a_reader_that_stays_is_named_and_the_same_call_goes_on(gallery, secrets, monkeypatch):
-    monkeypatch.setattr("serve.catalog_file._WAIT_S", 0.2)
+    monkeypatch.setattr("serve.storage.catalog_file._WAIT_S", 0.2)
     reader = sqlite3.connect(gallery.folder / "catalog.sqlite", isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM items").fetchone()

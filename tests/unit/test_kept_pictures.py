@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve import kept_pictures
 from serve.errors import EncoderUnavailable, GalleryError
 from serve.gallery import Gallery
 from serve.identity import audit
 from serve.identity.enrolment import enrol_item, enrol_upload
 from serve.identity.identities import forget, rename
-from serve.kept_pictures import keep
 from serve.preprocess import ImageError
 from serve.samples import Sample
+from serve.storage import kept_pictures
+from serve.storage.kept_pictures import keep
 
 
 def encoded(seed: int) -> bytes:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serve import listing
-from serve.listing import list_files
+from serve.formats import listing
+from serve.formats.listing import list_files
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from serve.engines.quarantine import read_quarantine, write_quarantine
 from serve.errors import SourceError
-from serve.quarantine import read_quarantine, write_quarantine
 from serve.samples import Unreadable
 
 BAD = [Unreadable("a b.png", "a b.png: empty file"), Unreadable("ü\n.png", "no\nlines")]

@@ -13,9 +13,9 @@ from PIL import Image
 import serve.transfer.reembed
 from serve.ann.choice import IndexLimits
 from serve.contract import Manifest
+from serve.engines.quarantine import read_quarantine
 from serve.errors import EncoderMismatch, GalleryError, Reembedded
 from serve.gallery import Gallery
-from serve.quarantine import read_quarantine
 from serve.samples import Sample
 from serve.transfer.next_vectors import NextVectors
 from serve.transfer.reembed import QUARANTINE_NAME, reembed

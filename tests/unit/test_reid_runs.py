@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from serve.bulk import embed_to_parquet
-from serve.bulk_local import embed_here
-from serve.bulk_shards import plan_shards
+from serve.engines.local import embed_here
+from serve.engines.shards import plan_shards
 from serve.errors import EncoderMismatch, SourceError
 from serve.protocols.known import PROTOCOLS, default_name, roles
 from serve.protocols.report import lines

@@ -7,8 +7,8 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 
-from serve.catalog_file import CatalogFile
-from serve.catalog_schema import COLUMNS, row_checksum
+from serve.storage.catalog_file import CatalogFile
+from serve.storage.catalog_schema import COLUMNS, row_checksum
 
 _ROW_NAMES = {
     "facts": "fact",

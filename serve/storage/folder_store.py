@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from serve.catalog import Catalog
-from serve.catalog_schema import Facts
 from serve.errors import GalleryError, Reembedded
 from serve.filters import Where
-from serve.gallery_folder import CATALOG_NAME, INDEX_NAME, bytes_on_disk, prepare_folder, tidy
 from serve.index import Index
 from serve.item import require_known
-from serve.kept_pictures import PICTURES_NAME, unlink_kept, unlink_strays
 from serve.samples import Sample
+from serve.storage.catalog_schema import Facts
+from serve.storage.gallery_folder import CATALOG_NAME, INDEX_NAME, bytes_on_disk, prepare_folder, tidy
+from serve.storage.kept_pictures import PICTURES_NAME, unlink_kept, unlink_strays
 from serve.store import Description, Found
 
 

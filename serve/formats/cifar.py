@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 
-from serve.archives import read_range
 from serve.errors import SourceError
+from serve.formats.archives import read_range
 
 _SIDE_PX = 32
 _PIXELS = 3 * _SIDE_PX**2

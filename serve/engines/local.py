@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from serve.bulk_shards import Shard, Tell, embed_shard
 from serve.encoder import Encoder
+from serve.engines.shards import Shard, Tell, embed_shard
 
 
 def embed_here(shards: Sequence[Shard], folder: Path, tell: Tell, *, encoder: Encoder, workers: int) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.catalog_file import CatalogFile
 from serve.errors import GalleryError
+from serve.storage.catalog_file import CatalogFile
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from serve.catalog_schema import Facts
 from serve.errors import GalleryError
 from serve.files import atomic_path
+from serve.storage.catalog_schema import Facts
 from serve.store import needed
 
 CATALOG_NAME, INDEX_NAME, MANIFEST_COPY_NAME = "catalog.sqlite", "index", "gallery.json"

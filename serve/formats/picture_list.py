@@ -16,7 +16,7 @@ def listed_samples(path: Path) -> Iterator[Sample]:
         for line, row in enumerate(_csv_rows(path), start=2):
             yield _sample(path, f"line {line}", row)
         return
-    from serve.parquet_list import listed_rows  # brings pyarrow, which those who only train do not need
+    from serve.formats.parquet_list import listed_rows  # brings pyarrow, which those who only train do not need
 
     for number, row in enumerate(listed_rows(path)):
         yield _sample(path, f"row {number}", row)

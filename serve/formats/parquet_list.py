@@ -1,4 +1,4 @@
-"""The rows of a list of pictures in Parquet (serve/picture_list.py)."""
+"""The rows of a list of pictures in Parquet (serve/formats/picture_list.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serve.errors import SourceError, first_line
-from serve.picture_list import check_columns
+from serve.formats.picture_list import check_columns
 
 
 def listed_rows(path: Path) -> Iterator[dict[str, str]]:

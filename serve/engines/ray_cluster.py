@@ -19,8 +19,8 @@ from pathlib import Path
 
 import ray
 
-from serve.bulk_shards import Shard, Tell, embed_shard
 from serve.encoder import Encoder
+from serve.engines.shards import Shard, Tell, embed_shard
 from serve.errors import SimclrError, first_line
 
 RETRIES = 3

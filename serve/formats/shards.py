@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from serve.archives import member_names, read_range, tar_place
 from serve.errors import SourceError
+from serve.formats.archives import member_names, read_range, tar_place
 from serve.samples import FACTS
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")

@@ -1,0 +1,1 @@
+"""How pictures come besides plain folders: archives, webdataset shards, lists, CIFAR; and the cached listing of folders."""
