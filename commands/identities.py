@@ -75,11 +75,13 @@ class ReidReview:
     def __call__(self) -> None:
         from serve.gallery import Gallery
         from serve.identity.confusable import confusable_pairs
+        from serve.identity.enrolled import Enrolled
         from serve.identity.hardest import hardest_queries
         from serve.identity.review import review_lines
 
         with Gallery.open(self.gallery) as gallery:
-            pairs, hardest = confusable_pairs(gallery, self.limit), hardest_queries(gallery, self.limit)
+            enrolled = Enrolled.of(gallery)
+            pairs, hardest = confusable_pairs(enrolled, self.limit), hardest_queries(enrolled, self.limit)
         if self.json:
             print(json.dumps({"confusable": [asdict(pair) for pair in pairs], "hardest": asdict(hardest)}))
         else:

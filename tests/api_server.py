@@ -12,8 +12,8 @@ from serve.gateway.http_server import serve_api
 from serve.gateway.limits import Limits
 from serve.samples import Sample
 from tests.bad_images import good
+from tests.thresholds import calibration
 from tests.toy_encoder import toy_head, write_toy_encoder
-from tests.unit.test_calibration import calibration
 
 ROOT = Path(__file__).parents[1]
 ITEMS = 20

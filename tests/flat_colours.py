@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from serve.contract import Manifest, Preprocess, TensorSpec
+from serve.contract import Preprocess
 from serve.pictures import Picture, prepare_batch
+from tests.plain_manifest import plain_manifest
 
 SIZE = 16
 FRAME = Preprocess(height_px=SIZE, width_px=SIZE, resize="center_crop", crop=1.0, resample="bicubic", jpeg="full")
@@ -29,19 +30,7 @@ def draw_classes(folder: Path, count: int, colours: Mapping[str, tuple[int, int,
 class MeanColour:
     """The hue of a picture as a unit vector: a perfect encoder of flat, saturated pictures, and no network of ours."""
 
-    manifest = Manifest.create(
-        name="mean colour",
-        embedding_dim=3,
-        input=TensorSpec(name="image", shape=(SIZE, SIZE, 3), dtype="uint8"),
-        output=TensorSpec(name="embedding", shape=(3,), dtype="float32"),
-        preprocess=FRAME,
-        metric="cosine",
-        precision="fp32",
-        weights_sha256="0" * 64,
-        parity=None,
-        retrieval=None,
-        training={},
-    )
+    manifest = plain_manifest("mean colour", 3, FRAME)
     encoder_id = manifest.encoder_id
 
     def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:

@@ -7,26 +7,16 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from serve.classify import Head
-from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest, Preprocess, TensorSpec
+from serve.contract import MANIFEST_NAME, METADATA_KEY, Manifest, Preprocess
+from tests.plain_manifest import plain_manifest
 
 HEIGHT, WIDTH, DIM, POOL = 32, 16, 8, 8
 
 
 def write_toy_encoder(folder: Path, name: str = "toy", seed: int = 0) -> tuple[Path, Manifest]:
     """model.onnx and manifest.json in `folder`."""
-    manifest = Manifest.create(
-        name=name,
-        embedding_dim=DIM,
-        input=TensorSpec(name="image", shape=(HEIGHT, WIDTH, 3), dtype="uint8"),
-        output=TensorSpec(name="embedding", shape=(DIM,), dtype="float32"),
-        preprocess=Preprocess(height_px=HEIGHT, width_px=WIDTH, resize="stretch", crop=1.0, resample="bicubic", jpeg="full"),
-        metric="cosine",
-        precision="fp32",
-        weights_sha256=f"{seed:064d}",
-        parity=None,
-        retrieval=None,
-        training={"what": 'a "toy" with quotes, \\ and é'},
-    )
+    frame = Preprocess(height_px=HEIGHT, width_px=WIDTH, resize="stretch", crop=1.0, resample="bicubic", jpeg="full")
+    manifest = plain_manifest(name, DIM, frame, seed=seed, training={"what": 'a "toy" with quotes, \\ and é'})
     weight = np.random.default_rng(seed).normal(size=(DIM, HEIGHT * WIDTH * 3 // POOL**2)).astype(np.float32)
     nodes = [
         helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),

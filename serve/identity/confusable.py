@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from serve.errors import GalleryError, NoSuchItem
-from serve.gallery import Gallery
 from serve.identity.enrolled import Enrolled, evenly
 from serve.item import Item
 from serve.neighbours import pair_distances, rounding
@@ -33,16 +32,15 @@ class ConfusablePair:
     second: Hit
 
 
-def confusable_pairs(gallery: Gallery, limit: int = 20, sample: int = 2000) -> list[ConfusablePair]:
+def confusable_pairs(enrolled: Enrolled, limit: int = 20, sample: int = 2000) -> list[ConfusablePair]:
     """The `limit` pairs of identities whose most similar pictures are most alike, by falling score, equals by growing ids.
 
     Every enrolled picture is compared with those of all other identities; of more than `sample`, as many at equal steps are,
     identity by identity. Exact, whatever the index; only where over 1,000 are equal, others may come before the first by id.
-    The gallery is read once, in blocks; in memory are the vectors of those that ask. Raises: GalleryError.
+    In memory are the vectors of those that ask. Raises: GalleryError.
     """
     if limit < 1:
         raise GalleryError(f"review: the limit is {limit}, wanted 1 or more")
-    enrolled = Enrolled.of(gallery)
     best: list[_Pair] = []
     for tile in _tiles(enrolled, sample):
         floor = _score(best[-1]) if len(best) == limit else -np.inf
@@ -50,7 +48,7 @@ def confusable_pairs(gallery: Gallery, limit: int = 20, sample: int = 2000) -> l
     pairs = []
     for pair in best:
         with suppress(NoSuchItem):  # it was removed meanwhile
-            first, second = (gallery.item(int(enrolled.ids[row])) for row in pair[1:])
+            first, second = (enrolled.gallery.item(int(enrolled.ids[row])) for row in pair[1:])
             pairs.append(ConfusablePair(first, Hit(**vars(second), score=_score(pair))))
     return pairs
 

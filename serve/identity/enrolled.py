@@ -24,6 +24,7 @@ _RANKED = And((Condition("identity", "is known"), Condition("identity", "!=", (J
 class Enrolled:
     """Made by `Enrolled.of`: N pictures by growing id. In memory are 25 bytes of each; the vectors are in a temporary file."""
 
+    gallery: Gallery
     ids: NDArray[np.int64]
     identity: NDArray[np.int64]
     """(N,), as numbers."""
@@ -36,7 +37,7 @@ class Enrolled:
 
     @classmethod
     def of(cls, gallery: Gallery) -> Self:
-        """Raises: GalleryError, also where the temporary files have no room for the vectors."""
+        """Read the gallery once, in blocks. Raises: GalleryError, also where temporary files have no room for the vectors."""
         try:
             with tempfile.TemporaryFile() as file:
                 ids, identity, camera, somebody = _copied(gallery, file)
@@ -48,7 +49,7 @@ class Enrolled:
                 f"{tempfile.gettempdir()}: no room for a copy of the vectors of {gallery.address} ({error.strerror or error}); "
                 "free some, or name another folder in TMPDIR"
             ) from error
-        return cls(ids, identity, camera, somebody.astype(bool), flat.reshape(len(ids), -1 if len(ids) else 1))
+        return cls(gallery, ids, identity, camera, somebody.astype(bool), flat.reshape(len(ids), -1 if len(ids) else 1))
 
 
 def _copied(gallery: Gallery, file: IO[bytes]) -> NDArray[np.int64]:

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.errors import GalleryError, NoSuchItem
-from serve.gallery import Gallery
 from serve.identity.enrolled import Enrolled, evenly
 from serve.item import Item
 from serve.metrics import evaluate_vectors
@@ -38,16 +37,15 @@ class Hardest:
     """The worst, by growing average precision, equals by growing id."""
 
 
-def hardest_queries(gallery: Gallery, limit: int = 20, sample: int = 1000) -> Hardest:
+def hardest_queries(enrolled: Enrolled, limit: int = 20, sample: int = 1000) -> Hardest:
     """Every enrolled picture asks all others for its identity: which are answered worst?
 
     As in `serve.reid.rank`, its own camera's pictures of its identity do not count, nor does junk; where its camera is unknown,
     itself alone does not. Pictures without a name do not count either. What then has no match is not asked; of more than
-    `sample`, as many at equal steps are. The gallery is read once, in blocks. Raises: GalleryError.
+    `sample`, as many at equal steps are. Raises: GalleryError.
     """
     if limit < 1:
         raise GalleryError(f"review: the limit is {limit}, wanted 1 or more")
-    enrolled = Enrolled.of(gallery)
     asked = evenly(_matched(enrolled), sample)
     if not len(asked):
         return Hardest(0, 0.0, 0.0, [])
@@ -58,7 +56,7 @@ def hardest_queries(gallery: Gallery, limit: int = 20, sample: int = 1000) -> Ha
     queries = []
     for worst in np.argsort(precision, kind="stable")[:limit]:
         with suppress(NoSuchItem):  # it was removed meanwhile
-            item = gallery.item(int(enrolled.ids[asked[worst]]))
+            item = enrolled.gallery.item(int(enrolled.ids[asked[worst]]))
             queries.append(HardQuery(item, float(precision[worst]), int(first[worst])))
     return Hardest(len(asked), report.map_step, float(report.cmc[0]), queries)
 

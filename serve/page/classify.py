@@ -22,11 +22,11 @@ def classify(desk: Desk, heads: Mapping[str, Head], query: Query, name: str) -> 
     if query is None:
         return None, message("Give a picture, or click an example.")
     try:
-        vector_D = desk.vector(query)
+        vectors_1D = desk.vectors([query])
     except (SimclrError, ImageError) as error:
         return None, complaint(error, query)
     head = heads[name]
-    (chances_C,) = head.probabilities(vector_D[None])
+    (chances_C,) = head.probabilities(vectors_1D)
     unsure = f": uncertain, no class reaches {head.abstain_below:.3g}" if head.decide(chances_C) is None else ""
     return dict(zip(head.classes, chances_C.tolist(), strict=True)), message(f"Classes of {desk.name(query)}{unsure}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -44,12 +45,11 @@ class Desk:
         """What to search with. Raises: GalleryError."""
         return self.gallery.vector(query) if isinstance(query, int) else Path(query)
 
-    def vector(self, query: int | str) -> NDArray[np.float32]:
-        """Its vector (D,). Raises: GalleryError, ImageError, EncoderUnavailable."""
-        vector_D: NDArray[np.float32] = (
-            self.gallery.vector(query) if isinstance(query, int) else self.encoder.embed([Path(query)])[0]
-        )
-        return vector_D
+    def vectors(self, queries: Sequence[int | str]) -> NDArray[np.float32]:
+        """Their vectors (N, D); uploads go to the encoder together. Raises: GalleryError, ImageError, EncoderUnavailable."""
+        uploads = [Path(query) for query in queries if isinstance(query, str)]
+        embedded = iter(self.encoder.embed(uploads) if uploads else ())
+        return np.stack([self.gallery.vector(query) if isinstance(query, int) else next(embedded) for query in queries])
 
     def source(self, query: int | str) -> str:
         """Where its picture is. Raises: GalleryError."""

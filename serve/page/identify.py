@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import gradio as gr
-import numpy as np
 
 from serve.errors import SimclrError
 from serve.filters import parse_where
@@ -41,7 +40,7 @@ def decide(
     if not probe:
         return message(IDENTIFY_HINT)
     try:
-        vectors_ND = np.stack([desk.vector(picture) for picture in probe])
+        vectors_ND = desk.vectors(probe)
         own = [item_id for picture in probe for item_id in itself(picture)]
         where = parse_where(expression or "")
         decision = identify(desk.gallery, vectors_ND, calibration, where=where, exclude_ids=own, k=CANDIDATES)

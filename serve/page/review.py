@@ -9,6 +9,7 @@ import gradio as gr
 
 from serve.errors import SimclrError
 from serve.identity.confusable import ConfusablePair, confusable_pairs
+from serve.identity.enrolled import Enrolled
 from serve.identity.hardest import hardest_queries
 from serve.page.cards import cards, headline, message, text
 from serve.page.desk import Desk, complaint
@@ -29,7 +30,7 @@ WORST_RULE = (
 def pairs(desk: Desk) -> str:
     """The most similar pictures of two identities, side by side."""
     try:
-        found = confusable_pairs(desk.gallery, SHOWN)
+        found = confusable_pairs(Enrolled.of(desk.gallery), SHOWN)
     except SimclrError as error:
         return complaint(error)
     if not found:
@@ -49,7 +50,7 @@ def _pair(pair: ConfusablePair, both: str) -> str:
 def worst(desk: Desk) -> tuple[str, int | None]:
     """The worst queries as cards, and the worst of all."""
     try:
-        hardest = hardest_queries(desk.gallery, SHOWN)
+        hardest = hardest_queries(Enrolled.of(desk.gallery), SHOWN)
     except SimclrError as error:
         return complaint(error), None
     if not hardest.queries:

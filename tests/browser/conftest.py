@@ -13,20 +13,18 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from app import build_app, serve_app
 from serve.classify import Head
-from serve.contract import Manifest, Preprocess, TensorSpec
+from serve.contract import Preprocess
 from serve.gallery import Gallery
 from serve.identity.calibration import Calibration
 from serve.pictures import Picture, prepare_batch
 from serve.samples import Sample
 from serve.sources import open_source
-from tests.unit.test_calibration import calibration
+from tests.browser.page_parts import visited
+from tests.browser.screenshots import CHROMIUM, CHROMIUM_OPTIONS
+from tests.plain_manifest import plain_manifest
+from tests.thresholds import calibration
 from train.demo_data import DemoSet, draw_demo_set
 
-CHROMIUM = Path("/usr/bin/chromium")
-CHROMIUM_OPTIONS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 HOSTILE = """<img src=x onerror="window.hacked=1">{{#each}}${window.hacked=1}"""
 GRID_H, GRID_W, DIM = 8, 4, 48
 
@@ -35,19 +33,8 @@ class GridEncoder:
     """Mean colours of a grid's middle, projected at random: deterministic, and people in the same clothes are near."""
 
     def __init__(self) -> None:
-        self.manifest = Manifest.create(
-            name="grid",
-            embedding_dim=DIM,
-            input=TensorSpec(name="image", shape=(32, 16, 3), dtype="uint8"),
-            output=TensorSpec(name="embedding", shape=(DIM,), dtype="float32"),
-            preprocess=Preprocess(height_px=32, width_px=16, resize="stretch", crop=1.0, resample="bicubic", jpeg="full"),
-            metric="cosine",
-            precision="fp32",
-            weights_sha256="0" * 64,
-            parity=None,
-            retrieval=None,
-            training={},
-        )
+        frame = Preprocess(height_px=32, width_px=16, resize="stretch", crop=1.0, resample="bicubic", jpeg="full")
+        self.manifest = plain_manifest("grid", DIM, frame)
         self._projection = np.random.default_rng(0).standard_normal(((GRID_H - 1) * 2 * 3, DIM)).astype(np.float32)
 
     @property
@@ -157,10 +144,6 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, served: Served) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    page.goto(served.url)
-    page.get_by_role("tab", name="Search").wait_for()
-    yield page
-    context.close()
+    with visited(browser, served.url) as page:
+        page.get_by_role("tab", name="Search").wait_for()
+        yield page

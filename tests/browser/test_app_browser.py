@@ -4,21 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Page, expect
+
+from tests.browser.page_parts import cards, said, upload
 
 pytestmark = pytest.mark.browser
-
-
-def cards(page: Page) -> Locator:
-    return page.locator(".sc-grid:visible .sc-card")
-
-
-def status(page: Page) -> Locator:
-    return page.locator(":is(.sc-hint, .sc-problem):visible")
-
-
-def upload(page: Page, file: Path | str) -> None:
-    page.locator(".sc-query:visible input[type=file]").set_input_files(file)
 
 
 def hand_over(page: Page, event: str, name: str, content: bytes, mime: str) -> None:
@@ -50,7 +40,7 @@ def test_header_says_what_is_open(page, served):
 def test_upload_gives_ranked_results(page, served):
     upload(page, served.probe.source)
     expect(cards(page)).to_have_count(12)
-    expect(status(page)).to_contain_text(Path(served.probe.source).name)
+    expect(said(page)).to_contain_text(Path(served.probe.source).name)
     expected = served.gallery.search(served.probe.source, 12)
     assert [int(card.get_attribute("data-id")) for card in cards(page).all()] == [hit.id for hit in expected]
     expect(cards(page).first).to_contain_text(f"{expected[0].score:.3f}")
@@ -61,11 +51,11 @@ def test_upload_gives_ranked_results(page, served):
 def test_drop_and_paste_work_also_over_a_picture(page, served):
     picture = Path(served.probe.source).read_bytes()
     hand_over(page, "drop", "dropped.jpg", picture, "image/jpeg")
-    expect(status(page)).to_contain_text("dropped.jpg")
+    expect(said(page)).to_contain_text("dropped.jpg")
     hand_over(page, "paste", "pasted.png", picture, "image/png")
-    expect(status(page)).to_contain_text("pasted.png")
+    expect(said(page)).to_contain_text("pasted.png")
     hand_over(page, "drop", "no type.ppm", b"P6 1 1 255 abc", "")
-    expect(status(page)).to_contain_text("no type.ppm")
+    expect(said(page)).to_contain_text("no type.ppm")
     expect(cards(page)).to_have_count(12)
 
 
@@ -74,7 +64,7 @@ def test_click_on_a_result_searches_with_it(page, served):
     expect(cards(page)).to_have_count(12)
     clicked = int(cards(page).nth(3).get_attribute("data-id"))
     cards(page).nth(3).click()
-    expect(status(page)).to_contain_text(Path(served.gallery.item(clicked).source).name)
+    expect(said(page)).to_contain_text(Path(served.gallery.item(clicked).source).name)
     shown = [int(card.get_attribute("data-id")) for card in cards(page).all()]
     assert shown == [hit.id for hit in served.gallery.search(served.gallery.vector(clicked), 12, exclude_ids=[clicked])]
 
@@ -90,7 +80,7 @@ def test_filters(page, served):
     condition = page.get_by_label("Condition")
     condition.fill("identity = nobody")
     condition.press("Enter")
-    expect(status(page)).to_contain_text("Nothing found")
+    expect(said(page)).to_contain_text("Nothing found")
     condition.fill("colour = red")
     condition.press("Enter")
     expect(page.locator(".sc-problem:visible")).to_contain_text("fields: label, identity, camera")

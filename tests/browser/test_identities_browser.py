@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from serve.gallery import Gallery
 from serve.samples import Sample
+from tests.browser.page_parts import cards, said, upload, visited
 
 pytestmark = pytest.mark.browser
 
@@ -18,13 +19,9 @@ HOSTILE = """<img src=x onerror="window.hacked=1">{{#each}}${window.hacked=1}'""
 
 @pytest.fixture
 def page(browser: Browser, identities):
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    page.goto(identities.url)
-    open_tab(page, "Identities")
-    yield page
-    context.close()
+    with visited(browser, identities.url) as page:
+        open_tab(page, "Identities")
+        yield page
 
 
 def open_tab(page: Page, *names: str) -> None:
@@ -32,20 +29,8 @@ def open_tab(page: Page, *names: str) -> None:
         page.get_by_role("tab", name=name, exact=True).click()
 
 
-def cards(page: Page) -> Locator:
-    return page.locator(".sc-grid:visible .sc-card")
-
-
 def verdict(page: Page) -> Locator:
     return page.locator(".sc-verdict:visible")
-
-
-def said(page: Page) -> Locator:
-    return page.locator(":is(.sc-hint, .sc-problem):visible")
-
-
-def upload(page: Page, file: Path | str) -> None:
-    page.locator(".sc-query:visible input[type=file]").set_input_files(file)
 
 
 def noise(folder: Path, seed: int) -> Path:

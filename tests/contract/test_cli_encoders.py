@@ -9,8 +9,8 @@ from serve.encoder import open_encoder
 from serve.gallery import Gallery
 from serve.ports import free_port
 from tests.command_line import NO_TORCH, name_of, one_line, process, tree
+from tests.thresholds import calibration
 from tests.toy_encoder import write_toy_encoder
-from tests.unit.test_calibration import calibration
 
 ENCODER_DOORS = [
     ("embed", "--images", "pictures", "--out", "OUT"),

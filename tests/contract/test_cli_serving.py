@@ -12,7 +12,7 @@ import pytest
 
 from serve.classify import Head
 from tests.command_line import ROOT
-from tests.unit.test_calibration import calibration
+from tests.thresholds import calibration
 
 
 def test_api(world):

@@ -1,16 +1,25 @@
+from __future__ import annotations
+
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from serve.contract import Manifest, Preprocess, TensorSpec
+from serve.contract import Preprocess
+from serve.encoder import OnnxEncoder
 from serve.gallery import Gallery
 from serve.pictures import Picture, prepare_batch
 from serve.samples import Sample
+from tests.plain_manifest import plain_manifest
+from tests.toy_encoder import write_toy_encoder
+
+if TYPE_CHECKING:
+    from serve.page.desk import Desk
 
 TOY_DIM = 16
 
@@ -19,19 +28,8 @@ class ToyEncoder:
     """Mean colours of a 4 x 4 grid, projected and normalised: deterministic, and similar pictures are near each other."""
 
     def __init__(self, name: str = "toy", seed: int = 0) -> None:
-        self.manifest = Manifest.create(
-            name=name,
-            embedding_dim=TOY_DIM,
-            input=TensorSpec(name="image", shape=(8, 8, 3), dtype="uint8"),
-            output=TensorSpec(name="embedding", shape=(TOY_DIM,), dtype="float32"),
-            preprocess=Preprocess(height_px=8, width_px=8, resize="stretch", crop=1.0, resample="bicubic", jpeg="full"),
-            metric="cosine",
-            precision="fp32",
-            weights_sha256=f"{seed:064x}",
-            parity=None,
-            retrieval=None,
-            training={},
-        )
+        frame = Preprocess(height_px=8, width_px=8, resize="stretch", crop=1.0, resample="bicubic", jpeg="full")
+        self.manifest = plain_manifest(name, TOY_DIM, frame, seed=seed)
         self._projection = np.random.default_rng(seed).standard_normal((48, TOY_DIM)).astype(np.float32)
 
     @property
@@ -48,6 +46,12 @@ class ToyEncoder:
 @pytest.fixture
 def toy_encoder() -> ToyEncoder:
     return ToyEncoder()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> OnnxEncoder:
+    """A toy that is a graph in ONNX Runtime."""
+    return OnnxEncoder(write_toy_encoder(tmp_path_factory.mktemp("toy"))[0])
 
 
 @pytest.fixture
@@ -82,6 +86,23 @@ def gallery(tmp_path: Path, toy_encoder: ToyEncoder) -> Iterator[Gallery]:
     """An empty one in a folder, open."""
     with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
         yield gallery
+
+
+@pytest.fixture
+def toasts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the page shows as a toast."""
+    shown: list[str] = []
+    monkeypatch.setattr("gradio.Warning", lambda message, **_: shown.append(message))
+    return shown
+
+
+@pytest.fixture
+def desk(gallery: Gallery, toy_encoder: ToyEncoder, pictures: Callable[[int], list[Sample]], toasts: list[str]) -> Desk:
+    """The page's, over a gallery of identities 0 to 3, five pictures each."""
+    from serve.page.desk import Desk  # brings Gradio
+
+    gallery.add(pictures(20))
+    return Desk(gallery, toy_encoder)
 
 
 @pytest.fixture

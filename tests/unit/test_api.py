@@ -13,7 +13,6 @@ import pytest
 from fastapi.openapi.models import OpenAPI
 
 from serve.api import create_api
-from serve.encoder import OnnxEncoder
 from serve.errors import ContractError, EncoderMismatch, EncoderUnavailable, GalleryError, Reembedded, SimclrError
 from serve.gateway import canary
 from serve.gateway.limits import Limits
@@ -21,12 +20,7 @@ from serve.gateway.pictures import ClassifyAnswer, EmbedAnswer
 from tests.asgi_client import PNG, ask, client, form, problem
 from tests.bad_images import accepted, good, refused
 from tests.gated_encoder import GatedEncoder
-from tests.toy_encoder import DIM, toy_head, write_toy_encoder
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return OnnxEncoder(write_toy_encoder(tmp_path_factory.mktemp("toy"))[0])
+from tests.toy_encoder import DIM, toy_head
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import httpx
 import pytest
 
 from serve.api import create_api
-from serve.encoder import OnnxEncoder
 from serve.gallery import Gallery
 from serve.gateway.guard import needed_scope
 from serve.gateway.keys import SCOPES, Keyring, add_key
@@ -18,7 +17,7 @@ from serve.ports import is_loopback
 from serve.samples import Sample
 from tests.asgi_client import PNG, ask, problem
 from tests.bad_images import good
-from tests.toy_encoder import toy_head, write_toy_encoder
+from tests.toy_encoder import toy_head
 
 CALLS = {
     "read": [
@@ -42,11 +41,6 @@ CALLS = {
     "admin": [("GET", "/metrics", {})],
 }
 NAMES = [(scope, call) for scope, calls in CALLS.items() for call in calls]
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return OnnxEncoder(write_toy_encoder(tmp_path_factory.mktemp("toy"))[0])
 
 
 @pytest.fixture

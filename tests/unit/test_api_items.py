@@ -23,11 +23,6 @@ from tests.toy_encoder import DIM, write_toy_encoder
 COUNT = 6
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return OnnxEncoder(write_toy_encoder(tmp_path_factory.mktemp("toy"))[0])
-
-
 @pytest.fixture
 def gallery(tmp_path, encoder):
     with Gallery.open(tmp_path / "gallery", encoder, create=True) as opened:

@@ -5,7 +5,6 @@ import pytest
 
 import serve.gateway.reid
 from serve.api import create_api
-from serve.encoder import OnnxEncoder
 from serve.errors import EncoderMismatch
 from serve.gallery import Gallery
 from serve.gateway.keys import Keyring, add_key
@@ -14,15 +13,10 @@ from serve.identity.identify import identify
 from serve.samples import Sample
 from tests.asgi_client import PNG, ask, form, problem
 from tests.bad_images import good
-from tests.toy_encoder import DIM, write_toy_encoder
-from tests.unit.test_calibration import calibration
+from tests.thresholds import calibration
+from tests.toy_encoder import DIM
 
 COUNT, PEOPLE = 12, 4
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return OnnxEncoder(write_toy_encoder(tmp_path_factory.mktemp("toy"))[0])
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,15 @@ import numpy as np
 import pytest
 
 from serve.api import create_api
-from serve.encoder import OnnxEncoder
 from serve.gallery import Gallery
 from serve.gateway.limits import MAX_HITS, MAX_OFFSET
 from serve.samples import Sample
 from tests.asgi_client import PNG, ask, form, problem
 from tests.bad_images import good
-from tests.toy_encoder import DIM, write_toy_encoder
+from tests.toy_encoder import DIM
 
 COUNT = 12
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return OnnxEncoder(write_toy_encoder(tmp_path_factory.mktemp("toy"))[0])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 import socket
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +15,14 @@ from serve.errors import EncoderMismatch, EncoderUnavailable, SimclrError
 from serve.gallery import Gallery
 from serve.page import cards
 from serve.page.classify import classify
-from serve.page.desk import EXAMPLES, Desk
+from serve.page.desk import EXAMPLES
 from serve.page.reid import REID_HINT, describe_probe, rank_list
 from serve.page.search import SEARCH_HINT, search
 from serve.samples import Sample
-from tests.unit.test_calibration import calibration
+from tests.thresholds import calibration
 
 IDENTITIES = ("Identities", "Identify", "Everybody", "Review")
 HOSTILE = "</span><script>alert(1)</script>{{#each}}${1}`\"'"
-
-
-@pytest.fixture
-def toasts(monkeypatch) -> list[str]:
-    shown: list[str] = []
-    monkeypatch.setattr(gr, "Warning", lambda message, **_: shown.append(message))
-    return shown
 
 
 @pytest.fixture
@@ -42,13 +34,6 @@ def heads(toy_encoder) -> dict[str, Head]:
         encoder_id=toy_encoder.encoder_id,
     )
     return {"toy": head}
-
-
-@pytest.fixture
-def desk(tmp_path, toy_encoder, pictures, toasts) -> Iterator[Desk]:
-    with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
-        gallery.add(pictures(20))
-        yield Desk(gallery, toy_encoder)
 
 
 def test_no_query_gives_a_hint(desk, heads):

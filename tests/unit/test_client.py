@@ -19,7 +19,6 @@ from PIL import Image
 
 from serve.api import create_api
 from serve.client import AsyncClient, Client
-from serve.encoder import OnnxEncoder
 from serve.errors import ContractError, EncoderMismatch, EncoderUnavailable, GalleryError, SimclrError, SourceError
 from serve.gallery import Gallery
 from serve.gateway.keys import Keyring, add_key
@@ -31,8 +30,8 @@ from serve.preprocess import ImageError
 from serve.samples import Sample
 from tests.bad_images import encoded, good
 from tests.gated_encoder import GatedEncoder
-from tests.toy_encoder import DIM, toy_head, write_toy_encoder
-from tests.unit.test_calibration import calibration
+from tests.thresholds import calibration
+from tests.toy_encoder import DIM, toy_head
 
 ROOT = Path(__file__).parents[2]
 LIMITS = Limits(max_pictures=3, max_bytes=60_000)
@@ -85,11 +84,6 @@ def saying(status, body=b"", headers=(), before_s=0.0):
             await send({"type": "http.response.body", "body": body})
 
     return app
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return OnnxEncoder(write_toy_encoder(tmp_path_factory.mktemp("toy"))[0])
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from export import graph as module
 from export.graph import check_graph, write_graph
 from export.parity import BATCH_SIZES, golden_images, measure_parity, prove_batches
 from export.repository import MAX_BATCH
-from serve.contract import METADATA_KEY, Manifest, Preprocess, TensorSpec
+from serve.contract import METADATA_KEY, Manifest, Preprocess
 from serve.errors import ExportError
+from tests.plain_manifest import plain_manifest
 from train.checkpoint import load_encoder, save_encoder
 from train.encoder import LAYERS, Encoder
 from train.weights import import_weights
@@ -34,19 +35,7 @@ def frame(size: int) -> Preprocess:
 
 
 def card(precision: str = "fp32") -> Manifest:
-    return Manifest.create(
-        name="toy",
-        embedding_dim=DIM,
-        input=TensorSpec(name="image", shape=(SIZE, SIZE, 3), dtype="uint8"),
-        output=TensorSpec(name="embedding", shape=(DIM,), dtype="float32"),
-        preprocess=frame(SIZE),
-        metric="cosine",
-        precision=precision,
-        weights_sha256="0" * 64,
-        parity=None,
-        retrieval=None,
-        training={},
-    )
+    return plain_manifest("toy", DIM, frame(SIZE), precision=precision)
 
 
 def toy(between: tuple[onnx.NodeProto, ...] = (), *, last: str = "shifted", norm: bool = True) -> onnx.ModelProto:

@@ -6,19 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.errors import EncoderMismatch, GalleryError
-from serve.gallery import Gallery
 from serve.identity.decision import summary
 from serve.identity.identify import identify, outgrown, rank_identities
 from serve.samples import Sample
-from tests.unit.test_calibration import calibration
+from tests.thresholds import calibration
 
 DIM = 16
-
-
-@pytest.fixture
-def gallery(tmp_path, toy_encoder):
-    with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
-        yield gallery
 
 
 def some(count, seed=0):

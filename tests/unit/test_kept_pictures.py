@@ -26,12 +26,6 @@ def encoded(seed: int) -> bytes:
     return file.getvalue()
 
 
-@pytest.fixture
-def gallery(tmp_path, toy_encoder):
-    with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
-        yield gallery
-
-
 def kept(gallery) -> list[Path]:
     folder = gallery.folder / "pictures"
     return sorted(folder.iterdir()) if folder.is_dir() else []

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,24 +23,9 @@ from serve.page.people import (
 )
 from serve.page.review import pairs, ranked, worst
 from serve.samples import Sample
-from tests.unit.test_calibration import calibration
+from tests.thresholds import calibration
 
 HOSTILE = """</p><img src=x onerror=alert(1)>{{x}}${1}"' """
-
-
-@pytest.fixture
-def toasts(monkeypatch) -> list[str]:
-    shown: list[str] = []
-    monkeypatch.setattr(gr, "Warning", lambda message, **_: shown.append(message))
-    return shown
-
-
-@pytest.fixture
-def desk(tmp_path, toy_encoder, pictures, toasts) -> Iterator[Desk]:
-    """Identities 0 to 3, five pictures each, and an upload of nobody."""
-    with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
-        gallery.add(pictures(20))
-        yield Desk(gallery, toy_encoder)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from serve.errors import GalleryError
 from serve.gallery import Gallery
 from serve.identity import confusable
 from serve.identity.confusable import confusable_pairs
-from serve.identity.enrolled import evenly
+from serve.identity.enrolled import Enrolled, evenly
 from serve.identity.hardest import Hardest, hardest_queries
 from serve.identity.review import review_lines
 from serve.neighbours import rounding
@@ -25,12 +25,6 @@ from tests.gallery_items import vectors_of
 def either(address, toy_encoder):
     """A gallery in a folder, then one in Milvus."""
     with Gallery.open(address, toy_encoder, create=True) as gallery:
-        yield gallery
-
-
-@pytest.fixture
-def gallery(tmp_path, toy_encoder):
-    with Gallery.open(tmp_path / "gallery", toy_encoder, create=True) as gallery:
         yield gallery
 
 
@@ -104,8 +98,8 @@ def test_both_are_those_of_the_slow_twins(either, seed):
     everybody = {item.id for item in enrolled(either)}
     assert len(slow_pairs(either, 99, everybody)) == 21
     for limit in (1, 6, 99):
-        same(told(confusable_pairs(either, limit)), slow_pairs(either, limit, everybody))
-    hardest, wanted = hardest_queries(either, 8), slow_queries(either, everybody)
+        same(told(confusable_pairs(Enrolled.of(either), limit)), slow_pairs(either, limit, everybody))
+    hardest, wanted = hardest_queries(Enrolled.of(either), 8), slow_queries(either, everybody)
     same(asked_of(hardest), wanted[:8])
     assert hardest.asked == len(wanted) < len(everybody)
     assert hardest.mean_average_precision == pytest.approx(np.mean([line[0] for line in wanted]))
@@ -114,7 +108,7 @@ def test_both_are_those_of_the_slow_twins(either, seed):
 
 def test_the_pictures_are_told_whole(gallery):
     fill(gallery, 0)
-    pair, query = confusable_pairs(gallery, 1)[0], hardest_queries(gallery, 1).queries[0]
+    pair, query = confusable_pairs(Enrolled.of(gallery), 1)[0], hardest_queries(Enrolled.of(gallery), 1).queries[0]
     assert pair.first == gallery.item(pair.first.id)
     assert {**vars(pair.second)} == {**vars(gallery.item(pair.second.id)), "score": pair.second.score}
     assert query.item == gallery.item(query.item.id)
@@ -128,10 +122,10 @@ def test_of_many_an_even_sample_asks_all(either, sample):
         groups.setdefault(item.identity, []).append(item.id)
     by_identity = [item_id for group in groups.values() for item_id in group]
     asked = {by_identity[place * len(ids) // sample] for place in range(sample)}
-    same(told(confusable_pairs(either, 5, sample)), slow_pairs(either, 5, asked))
+    same(told(confusable_pairs(Enrolled.of(either), 5, sample)), slow_pairs(either, 5, asked))
     matched = sorted(item_id for _, item_id, _ in slow_queries(either, set(ids)))
     asked = {matched[place * len(matched) // sample] for place in range(sample)}
-    hardest = hardest_queries(either, 99, sample)
+    hardest = hardest_queries(Enrolled.of(either), 99, sample)
     same(asked_of(hardest), slow_queries(either, asked))
     assert hardest.asked == sample
 
@@ -145,15 +139,15 @@ def test_an_even_sample_is_spread_over_all():
 @pytest.mark.parametrize("scores", [1, 500, 2000])
 def test_the_size_of_a_tile_changes_nothing(gallery, monkeypatch, scores):
     fill(gallery, 5)
-    whole = confusable_pairs(gallery, 6)
+    whole = confusable_pairs(Enrolled.of(gallery), 6)
     monkeypatch.setattr(confusable, "_TILE_SCORES", scores)
-    assert confusable_pairs(gallery, 6) == whole
+    assert confusable_pairs(Enrolled.of(gallery), 6) == whole
 
 
 def test_equals_stand_in_the_order_of_their_ids(gallery):
     add(gallery, [str(i % 20) for i in range(40)], [str(i % 3) for i in range(40)], vectors_of(1).repeat(40, axis=0))
-    assert told(confusable_pairs(gallery, 5)) == [(-1.0, 1, other) for other in range(2, 7)]
-    hardest = hardest_queries(gallery, 5)
+    assert told(confusable_pairs(Enrolled.of(gallery), 5)) == [(-1.0, 1, other) for other in range(2, 7)]
+    hardest = hardest_queries(Enrolled.of(gallery), 5)
     assert [query.item.id for query in hardest.queries] == [1, 2, 3, 4, 5]
     assert {query.average_precision for query in hardest.queries} == {1 / 39}, "ties count against"
 
@@ -163,7 +157,7 @@ def test_the_rounding_of_a_product_decides_nothing(gallery, monkeypatch, scores,
     vectors = vectors_of(6)[np.random.default_rng(0).integers(6, size=120)]
     add(gallery, [str(i % 30) for i in range(120)], ["1"] * 120, vectors)
     monkeypatch.setattr(confusable, "_TILE_SCORES", scores)
-    whole, tiles, rng = confusable_pairs(gallery, limit), confusable._tiles, np.random.default_rng(1)
+    whole, tiles, rng = confusable_pairs(Enrolled.of(gallery), limit), confusable._tiles, np.random.default_rng(1)
 
     def rounded(enrolled, sample):
         for tile in tiles(enrolled, sample):
@@ -172,19 +166,19 @@ def test_the_rounding_of_a_product_decides_nothing(gallery, monkeypatch, scores,
 
     monkeypatch.setattr(confusable, "_tiles", rounded)
     for _ in range(5):
-        assert confusable_pairs(gallery, limit) == whole
+        assert confusable_pairs(Enrolled.of(gallery), limit) == whole
 
 
 def test_copies_of_pictures_under_other_names_come_first_wherever_they_stand(gallery):
     vectors = vectors_of(300, dim=16)
     vectors[[290, 17, 123]] = vectors[[4, 250, 60]]
     add(gallery, [str(i % 100) for i in range(300)], ["1"] * 300, vectors)
-    assert told(confusable_pairs(gallery, 3)) == [(-1.0, 5, 291), (-1.0, 18, 251), (-1.0, 61, 124)]
+    assert told(confusable_pairs(Enrolled.of(gallery), 3)) == [(-1.0, 5, 291), (-1.0, 18, 251), (-1.0, 61, 124)]
 
 
 def test_a_collapsed_encoder_gets_an_answer(gallery):
     add(gallery, [str(i) for i in range(60)], [None] * 60, vectors_of(1).repeat(60, axis=0))
-    pairs = confusable_pairs(gallery, 5)
+    pairs = confusable_pairs(Enrolled.of(gallery), 5)
     assert [pair.second.score for pair in pairs] == [1.0] * 5
     assert len({(pair.first.identity, pair.second.identity) for pair in pairs}) == 5
 
@@ -193,25 +187,26 @@ def test_who_is_nobody_in_particular_is_wrong_for_everybody_and_never_asked(gall
     vectors = np.zeros((6, 16))
     vectors[:, 0], vectors[:, 1] = np.cos([0, 0.3, 0.1, 1, 1, 2]), np.sin([0, 0.3, 0.1, 1, 1, 2])
     add(gallery, ["a", "a", "0000", "0000", "0000", "b"], ["1", "2"] * 3, vectors)
-    assert [line[1:] for line in told(confusable_pairs(gallery))] == [(2, 6)]
-    assert asked_of(hardest_queries(gallery)) == [(0.5, 1, 2), (0.5, 2, 2)], "0000 is between the two of a"
+    assert [line[1:] for line in told(confusable_pairs(Enrolled.of(gallery)))] == [(2, 6)]
+    assert asked_of(hardest_queries(Enrolled.of(gallery))) == [(0.5, 1, 2), (0.5, 2, 2)], "0000 is between the two of a"
 
 
 def test_nobody_and_one_identity_are_told_in_a_sentence(gallery):
     nothing = Hardest(0, 0.0, 0.0, [])
-    assert (confusable_pairs(gallery), hardest_queries(gallery)) == ([], nothing)
+    assert (confusable_pairs(Enrolled.of(gallery)), hardest_queries(Enrolled.of(gallery))) == ([], nothing)
     add(gallery, ["a", "a", "-1", None], ["1", "1", "1", "2"], vectors_of(4))
-    assert (confusable_pairs(gallery), hardest_queries(gallery)) == ([], nothing)
+    assert (confusable_pairs(Enrolled.of(gallery)), hardest_queries(Enrolled.of(gallery))) == ([], nothing)
     text = review_lines("people", [], nothing)
     assert text[0] == "people: fewer than two identities are enrolled, so none can be confused"
     assert text[1].startswith("people: no identity has two pictures")
     add(gallery, ["a"], ["2"], vectors_of(1, 9))
-    assert asked_of(hardest_queries(gallery)) == [(1.0, 1, 1), (1.0, 2, 1), (1.0, 5, 1)]
+    assert asked_of(hardest_queries(Enrolled.of(gallery))) == [(1.0, 1, 1), (1.0, 2, 1), (1.0, 5, 1)]
 
 
 def test_what_is_removed_meanwhile_is_left_out(gallery, monkeypatch):
     fill(gallery, 8)
-    pair, query, rows = confusable_pairs(gallery, 1)[0], hardest_queries(gallery, 1).queries[0], gallery.rows
+    enrolled, rows = Enrolled.of(gallery), gallery.rows
+    pair, query = confusable_pairs(enrolled, 1)[0], hardest_queries(enrolled, 1).queries[0]
     removed = [pair.first.id, query.item.id]
 
     def then_removed(where):
@@ -219,13 +214,13 @@ def test_what_is_removed_meanwhile_is_left_out(gallery, monkeypatch):
         gallery.remove([removed.pop(0)])
 
     monkeypatch.setattr(gallery, "rows", then_removed)
-    assert confusable_pairs(gallery, 1) == []
-    assert query.item.id not in [query.item.id for query in hardest_queries(gallery).queries]
+    assert confusable_pairs(Enrolled.of(gallery), 1) == []
+    assert query.item.id not in [query.item.id for query in hardest_queries(Enrolled.of(gallery)).queries]
 
 
 def test_the_text_says_what_to_do(gallery):
     fill(gallery, 6)
-    pairs, hardest = confusable_pairs(gallery, 2), hardest_queries(gallery, 3)
+    pairs, hardest = confusable_pairs(Enrolled.of(gallery), 2), hardest_queries(Enrolled.of(gallery), 3)
     text = review_lines("people", pairs, hardest)
     assert f"#{pairs[0].first.id} {pairs[0].first.source}" in text[1]
     assert sum(" ~ " in line for line in text) == 2
@@ -237,9 +232,9 @@ def test_the_text_says_what_to_do(gallery):
 def test_what_cannot_be_asked_is_refused(gallery):
     for review in (confusable_pairs, hardest_queries):
         with pytest.raises(GalleryError, match="limit is 0"):
-            review(gallery, 0)
+            review(Enrolled.of(gallery), 0)
         with pytest.raises(GalleryError, match="sample is 0"):
-            review(gallery, 1, 0)
+            review(Enrolled.of(gallery), 1, 0)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
@@ -247,4 +242,4 @@ def test_a_full_disk_is_told(gallery, monkeypatch):
     fill(gallery, 7)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: PTH123, SIM115
     with pytest.raises(GalleryError, match="TMPDIR"):
-        confusable_pairs(gallery)
+        confusable_pairs(Enrolled.of(gallery))

@@ -17,7 +17,7 @@ from serve.shape_bias.classes import MEMBERS, columns_of, decide
 from serve.shape_bias.cue_conflict import Stimulus, differences, read_stimuli
 from serve.shape_bias.evaluate import evaluate, report_lines
 from serve.shape_bias.tally import Z_95, shape_bias, tally, wilson
-from tests.toy_encoder import DIM, HEIGHT, WIDTH, write_toy_encoder
+from tests.toy_encoder import DIM, HEIGHT, WIDTH
 
 COUNTS = {
     "airplane": 1, "bear": 4, "bicycle": 2, "bird": 49, "boat": 5, "bottle": 7, "car": 3, "cat": 6, "chair": 4, "clock": 3,
@@ -231,11 +231,6 @@ def test_counts_are_held_against_the_published_ones(folder: Path) -> None:
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> OnnxEncoder:
-    return OnnxEncoder(write_toy_encoder(tmp_path_factory.mktemp("toy"))[0])
 
 
 def head_for(encoder_id: str) -> Head:
